@@ -1,0 +1,46 @@
+"""Every environment variable that this toolkit reads or sets for its own use, and the folders they decide.
+
+Nothing else in the package asks `os.environ` for a setting.
+"""
+
+import os
+from pathlib import Path
+
+STATE_DIR = "FLAGSCALE_STATE_DIR"
+"""Where the list of runs is kept; default `$XDG_STATE_HOME/flagscale`, else `~/.local/state/flagscale`."""
+
+SOURCE_DIR = "FLAGSCALE_SOURCE_DIR"
+"""Where fetched backend sources lie; default `<root>/third_party`, or `~/.cache/flagscale/third_party` for a wheel."""
+
+RUN_TOKEN = "FLAGSCALE_RUN_TOKEN"
+"""Set for every process of a job to a value that no other job has: what bears it is ours to end."""
+
+RANK_DIR = "FLAGSCALE_RANK_DIR"
+"""Set for a job: the folder in which a rank tells that it is up, by a file `rank_<rank>.up`."""
+
+CHIP = "FLAGSCALE_CHIP"
+"""Set for a job: the name of the chip record (`Generic_CPU`, `NVIDIA`) whose hooks its ranks install."""
+
+
+def state_dir() -> Path:
+    if explicit := os.environ.get(STATE_DIR):
+        return Path(explicit)
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "flagscale"
+
+
+def root_dir() -> Path:
+    """The folder that holds `examples/` and `third_party/`: the checkout, or the wheel's `flagscale/share`."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    return checkout if (checkout / "run.py").is_file() and (checkout / "examples").is_dir() else package / "share"
+
+
+def source_dir(backend: str) -> Path:
+    """Where the fetched source tree of `backend` (`Megatron-LM`) lies: the folder to put on a job's PYTHONPATH."""
+    if explicit := os.environ.get(SOURCE_DIR):
+        return Path(explicit) / backend / "src"
+    root = root_dir()
+    if root.name == "share":
+        root = Path.home() / ".cache" / "flagscale"
+    return root / "third_party" / backend / "src"

@@ -1,0 +1,169 @@
+"""A job as a value: everything that will run, on every host, before anything runs.
+
+A plan is made by pure functions from a configuration and a list of hosts. It can be printed, compared, kept as JSON and
+run again. What only the moment of launch can know (a free port, the run's id) stands in it by name, as `AtLaunch`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from flagscale.errors import UserError
+
+PLAN_VERSION = 1
+
+LaunchName = Literal["master_port", "run_id"]
+
+
+@dataclass(frozen=True, slots=True)
+class AtLaunch:
+    """A word of which a part is known only at launch: `before + <value of name> + after`."""
+
+    name: LaunchName
+    before: str = ""
+    after: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.before}<{self.name}: chosen at launch>{self.after}"
+
+    def bind(self, values: "dict[LaunchName, str]") -> str:
+        return f"{self.before}{values[self.name]}{self.after}"
+
+
+Word: TypeAlias = str | AtLaunch
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A machine of the hostfile. `chip` is the hostfile's `type=`, None where it has none."""
+
+    name: str
+    slots: int
+    chip: str | None = None
+    user: str | None = None
+    port: int | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return self.name in ("localhost", "127.0.0.1")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """One process group on one host: a program, or a torchrun with its ranks.
+
+    num_ranks: how many ranks it starts on this host; 0 where the program has no ranks
+    first_rank: the global rank of its local rank 0
+    announces: its ranks write `rank_<rank>.up` into $FLAGSCALE_RANK_DIR once they are past their start
+    env: exported in this order; names in `JobPlan.secrets` are not here, the agent puts them in at launch
+    path_dirs: put before PYTHONPATH
+    """
+
+    name: str
+    argv: tuple[Word, ...]
+    cwd: str
+    num_ranks: int = 0
+    first_rank: int = 0
+    announces: bool = False
+    env: tuple[tuple[str, Word], ...] = ()
+    path_dirs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """What one host does: shell before, folders, files, processes, shell after."""
+
+    host: Host
+    node_rank: int
+    processes: tuple[ProcessSpec, ...]
+    make_dirs: tuple[str, ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
+    """(absolute path, content), written before the processes start"""
+    before_start: str | None = None
+    after_stop: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The contract's name of this host in every log and script: `host_<rank>_<host>`."""
+        return f"host_{self.node_rank}_{self.host.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """A whole job.
+
+    exp_dir, log_dir: absolute; log_dir holds scripts/, pids/, details/ and one `<label>.output` a host
+    checkpoint_dir: where a training job saves and looks for what it resumes from, None for other tasks
+    secrets: names of environment variables whose values are given to the processes but written nowhere
+    foreground: stay attached and return the job's exit code
+    """
+
+    task: str
+    backend: str
+    exp_name: str
+    exp_dir: str
+    log_dir: str
+    hosts: tuple[HostPlan, ...]
+    master_addr: str = "localhost"
+    master_port: int | None = None
+    """None: a free port is chosen on the head host at launch"""
+    checkpoint_dir: str | None = None
+    load_dir: str | None = None
+    secrets: tuple[str, ...] = ()
+    foreground: bool = False
+    start_timeout_s: float = 1800.0
+    version: int = PLAN_VERSION
+
+    @property
+    def num_ranks(self) -> int:
+        return sum(process.num_ranks for host in self.hosts for process in host.processes)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, AtLaunch):
+        return {"at_launch": value.name, "before": value.before, "after": value.after}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [_encode(item) for item in value] if isinstance(value, tuple) else value
+
+
+def encode_plan(plan: JobPlan) -> dict[str, Any]:
+    """The plan as JSON values: key order is the fields' order, so equal plans give equal bytes."""
+    encoded: dict[str, Any] = _encode(plan)
+    return encoded
+
+
+def _word(value: Any) -> Word:
+    if isinstance(value, dict):
+        return AtLaunch(value["at_launch"], value["before"], value["after"])
+    return str(value)
+
+
+def _process(row: dict[str, Any]) -> ProcessSpec:
+    words = tuple(_word(word) for word in row["argv"])
+    env = tuple((name, _word(value)) for name, value in row["env"])
+    return ProcessSpec(**{**row, "argv": words, "env": env, "path_dirs": tuple(row["path_dirs"])})
+
+
+def _host(row: dict[str, Any]) -> HostPlan:
+    return HostPlan(
+        **{
+            **row,
+            "host": Host(**row["host"]),
+            "processes": tuple(_process(process) for process in row["processes"]),
+            "make_dirs": tuple(row["make_dirs"]),
+            "files": tuple((path, content) for path, content in row["files"]),
+        }
+    )
+
+
+def decode_plan(row: dict[str, Any]) -> JobPlan:
+    """The inverse of `encode_plan`.
+
+    Raises:
+        UserError: the plan was written by a version of this toolkit that this one cannot read.
+    """
+    if row.get("version") != PLAN_VERSION:
+        raise UserError(f"this plan has version {row.get('version')}; this release reads version {PLAN_VERSION}")
+    hosts = tuple(_host(host) for host in row["hosts"])
+    return JobPlan(**{**row, "hosts": hosts, "secrets": tuple(row["secrets"])})
