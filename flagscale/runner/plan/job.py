@@ -5,10 +5,13 @@ run again. What only the moment of launch can know (a free port, the run's id) s
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from flagscale.errors import UserError
+from flagscale.runner.config.hostfile import Host
 
 PLAN_VERSION = 1
 
@@ -34,39 +37,32 @@ Word: TypeAlias = str | AtLaunch
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
-    """A machine of the hostfile. `chip` is the hostfile's `type=`, None where it has none."""
-
-    name: str
-    slots: int
-    chip: str | None = None
-    user: str | None = None
-    port: int | None = None
-
-    @property
-    def is_local(self) -> bool:
-        return self.name in ("localhost", "127.0.0.1")
-
-
-@dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """One process group on one host: a program, or a torchrun with its ranks.
 
+    argv: the program and its fixed words; `arguments` follow, as the renderer of `backend` spells them
+    arguments: (name, JSON value) in order
+    entrypoint: a file that must exist under `cwd`
     num_ranks: how many ranks it starts on this host; 0 where the program has no ranks
     first_rank: the global rank of its local rank 0
     announces: its ranks write `rank_<rank>.up` into $FLAGSCALE_RANK_DIR once they are past their start
     env: exported in this order; names in `JobPlan.secrets` are not here, the agent puts them in at launch
     path_dirs: put before PYTHONPATH
+    bin_dirs: put before PATH
     """
 
     name: str
     argv: tuple[Word, ...]
     cwd: str
+    backend: str = ""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    entrypoint: str | None = None
     num_ranks: int = 0
     first_rank: int = 0
     announces: bool = False
     env: tuple[tuple[str, Word], ...] = ()
     path_dirs: tuple[str, ...] = ()
+    bin_dirs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +90,7 @@ class JobPlan:
 
     exp_dir, log_dir: absolute; log_dir holds scripts/, pids/, details/ and one `<label>.output` a host
     checkpoint_dir: where a training job saves and looks for what it resumes from, None for other tasks
-    secrets: names of environment variables whose values are given to the processes but written nowhere
+    secrets: (name in the job, name in the launcher's environment) of variables whose values are written nowhere
     foreground: stay attached and return the job's exit code
     """
 
@@ -109,7 +105,7 @@ class JobPlan:
     """None: a free port is chosen on the head host at launch"""
     checkpoint_dir: str | None = None
     load_dir: str | None = None
-    secrets: tuple[str, ...] = ()
+    secrets: tuple[tuple[str, str], ...] = ()
     foreground: bool = False
     start_timeout_s: float = 1800.0
     version: int = PLAN_VERSION
@@ -119,11 +115,20 @@ class JobPlan:
         return sum(process.num_ranks for host in self.hosts for process in host.processes)
 
 
+def freeze(value: Any) -> Any:
+    """A JSON value that cannot be changed: lists become tuples, mappings read-only."""
+    if isinstance(value, Mapping):
+        return MappingProxyType({str(key): freeze(item) for key, item in value.items()})
+    return tuple(freeze(item) for item in value) if isinstance(value, list | tuple) else value
+
+
 def _encode(value: Any) -> Any:
     if isinstance(value, AtLaunch):
         return {"at_launch": value.name, "before": value.before, "after": value.after}
     if dataclasses.is_dataclass(value):
         return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
     return [_encode(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -142,7 +147,9 @@ def _word(value: Any) -> Word:
 def _process(row: dict[str, Any]) -> ProcessSpec:
     words = tuple(_word(word) for word in row["argv"])
     env = tuple((name, _word(value)) for name, value in row["env"])
-    return ProcessSpec(**{**row, "argv": words, "env": env, "path_dirs": tuple(row["path_dirs"])})
+    dirs = {name: tuple(row[name]) for name in ("path_dirs", "bin_dirs")}
+    arguments = tuple((name, freeze(value)) for name, value in row["arguments"])
+    return ProcessSpec(**{**row, **dirs, "argv": words, "env": env, "arguments": arguments})
 
 
 def _host(row: dict[str, Any]) -> HostPlan:
@@ -166,4 +173,4 @@ def decode_plan(row: dict[str, Any]) -> JobPlan:
     if row.get("version") != PLAN_VERSION:
         raise UserError(f"this plan has version {row.get('version')}; this release reads version {PLAN_VERSION}")
     hosts = tuple(_host(host) for host in row["hosts"])
-    return JobPlan(**{**row, "hosts": hosts, "secrets": tuple(row["secrets"])})
+    return JobPlan(**{**row, "hosts": hosts, "secrets": tuple((name, source) for name, source in row["secrets"])})

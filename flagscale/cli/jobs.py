@@ -1,0 +1,111 @@
+"""From a configuration to an action: what `run.py` and the verbs of the command share."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flagscale import env
+from flagscale.cli.voice import warn
+from flagscale.errors import UserError, find_nearest
+
+if TYPE_CHECKING:
+    from flagscale.runner.config.compose import Composed
+    from flagscale.runner.config.load import Config
+    from flagscale.runner.plan.job import JobPlan
+    from flagscale.runner.plan.site import Site
+
+SOURCES = {"megatron": "Megatron-LM"}
+
+
+def this_site() -> "Site":
+    """This installation: its root, its interpreter, its fetched sources."""
+    from flagscale.runner.plan.site import Site
+
+    sources = {backend: str(env.source_dir(folder)) for backend, folder in SOURCES.items()}
+    return Site(str(env.root_dir()), str(Path(sys.executable).parent), sources)
+
+
+def find_config(name: str, task: str) -> Path:
+    """A YAML by its path, or `examples/<name>/conf/<task>.yaml`.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    examples = env.root_dir() / "examples"
+    example = examples / name / "conf" / f"{task}.yaml"
+    if example.is_file():
+        return example
+    models = sorted(folder.name for folder in examples.glob("*") if (folder / "conf" / f"{task}.yaml").is_file())
+    near = find_nearest(name, models)
+    hint = f"did you mean `{near}`?" if near else f"there are: {', '.join(models)}; or give the path of a YAML"
+    raise UserError(f"there is no example `{name}` with a {task}.yaml; {hint}")
+
+
+def load(composed: "Composed") -> "Config":
+    """The checked configuration; what is only worth a warning is said on stderr."""
+    from flagscale.runner.config.load import load_config
+
+    config = load_config(composed, Path.cwd())
+    for fault in config.warnings:
+        warn(str(fault))
+    return config
+
+
+def compose(config: str, task: str, overrides: Sequence[str]) -> "Composed":
+    from flagscale.runner.config.compose import compose_config, split_config_path
+
+    config_dir, config_name = split_config_path(find_config(config, task))
+    return compose_config(config_dir, config_name, overrides)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked configuration and the plan made of it."""
+
+    config: "Config"
+    plan: "JobPlan"
+
+
+def plan(composed: "Composed") -> Job:
+    from flagscale.runner.plan.registry import plan_config
+
+    config = load(composed)
+    return Job(config, plan_config(config, this_site()))
+
+
+def act(composed: "Composed", action: str | None = None, command: Sequence[str] = ()) -> int:
+    """Do what the configuration's `action` says, or `action` in its place; returns the exit code."""
+    job = plan(composed)
+    match action or job.config.action:
+        case "dryrun":
+            from flagscale.runner.launch.dry import render_dry_run
+
+            print(render_dry_run(job.plan), end="")
+            return 0
+        case "run":
+            return start(job.plan, job.config.values, command, foreground=job.plan.foreground)
+        case "test":
+            return start(job.plan, job.config.values, command, foreground=True)
+        case "stop":
+            from flagscale.cli.stop import main as stop
+
+            return stop([job.plan.exp_dir])
+        case "query":
+            from flagscale.cli.status import main as status
+
+            return status([job.plan.exp_dir])
+    raise UserError(f"action: this release has no tuner, so `{action or job.config.action}` cannot be done")
+
+
+def start(job: "JobPlan", values: Mapping[str, Any], command: Sequence[str], *, foreground: bool) -> int:
+    """Start a job here, wait until it is up, and stay with it to its end where `foreground` says so."""
+    from flagscale.runner.launch.local import start_job, wait_job
+
+    run = start_job(job, config=dict(values), command=list(command), env=dict(os.environ))
+    return wait_job(run) if foreground else 0

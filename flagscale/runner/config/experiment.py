@@ -1,0 +1,162 @@
+"""The experiment-level YAML: what runs, where, and with which environment.
+
+The keys are FlagScale's (`experiment.*`). Where FlagScale spells one idea twice, `spellings.py` has brought it to one
+field before these models see it.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from flagscale.runner.config.section import Section
+
+Seconds = float
+TaskType = Literal["train", "inference", "serve", "compress", "rl"]
+TASK_TYPES: tuple[TaskType, ...] = ("train", "inference", "serve", "compress", "rl")
+DEFAULT_BACKENDS: dict[TaskType, str] = {
+    "train": "megatron",
+    "inference": "vllm",
+    "serve": "vllm",
+    "compress": "llmcompressor",
+    "rl": "verl",
+}
+
+
+class Task(Section):
+    """What runs."""
+
+    type: TaskType = "train"
+    backend: str | None = None
+    """megatron, vllm, sglang, llama_cpp, verl, ..; None: the default of the task type"""
+    entrypoint: str | None = None
+    """a script, relative to the project root; for `rl` a Python module"""
+    unknown_args: Literal["error", "warn", "pass"] = "error"
+    """what becomes of a backend argument that the backend's catalogue does not hold"""
+
+
+class Request(Section):
+    """The request model of a composed service: names of its fields and their types."""
+
+    args: list[str] = Field(default_factory=list)
+    types: list[str] = Field(default_factory=list)
+
+
+class Deploy(Section):
+    """How a service is put up."""
+
+    port: int | None = Field(default=None, ge=1, le=65535)
+    use_fs_serve: bool = True
+    enable_composition: bool = False
+    name: str | None = None
+    request: Request | None = None
+    working_dir: str | None = None
+    prefill_decode_disaggregation: bool = False
+    prefill_num: int = Field(default=1, ge=1)
+    decode_num: int = Field(default=1, ge=1)
+    prefill_address: str = "auto"
+    decode_address: str = "auto"
+    prefill_decode_strategy: Literal["slo", "robin", "random"] = "slo"
+    prefill_decode_log_dir: str | None = None
+    decode_gpu_memory_utilization: float = Field(default=0.7, gt=0, le=1)
+
+
+class CliArgs(Section):
+    """What `flagscale serve` was told on its command line."""
+
+    model_path: str | None = None
+    port: int | None = None
+    engine_args: dict[str, Any] | str | None = None
+
+
+class Torchrun(Section):
+    """Options of `torchrun` that pass through `experiment.runner` under their own names."""
+
+    rdzv_backend: str = "c10d"
+    rdzv_endpoint: str | None = None
+    rdzv_id: str | int | None = None
+    rdzv_conf: str | None = None
+    standalone: bool | None = None
+    max_restarts: int | None = Field(default=None, ge=0)
+    monitor_interval: Seconds | None = None
+    start_method: Literal["spawn", "fork", "forkserver"] | None = None
+    event_log_handler: str | None = None
+    role: str | None = None
+    module: bool | None = None
+    no_python: bool | None = None
+    run_path: bool | None = None
+    local_ranks_filter: str | None = None
+    node_rank: int | None = Field(default=None, ge=0)
+    local_addr: str | None = None
+    logs_specs: str | None = None
+    numa_binding: str | None = None
+    signals_to_handle: str | None = None
+    tee: str | int = "3"
+    redirects: str | int = "3"
+
+
+class Runner(Torchrun):
+    """Where and how the job's processes are started."""
+
+    type: Literal["ssh", "local", "cloud"] = "ssh"
+    """ssh: the hosts of `hostfile`, this machine where there is none; cloud: this machine as `node_rank` of `nnodes`"""
+    backend: str = "torchrun"
+    nnodes: int | str | None = None
+    """number of hosts; of `min:max` the minimum counts"""
+    nproc_per_node: int | None = Field(default=None, ge=1)
+    hostfile: str | None = None
+    ssh_port: int | None = Field(default=22, ge=1, le=65535)
+    master_addr: str | None = None
+    master_port: int | None = Field(default=None, ge=1, le=65535)
+    log_dir: str | None = None
+    per_node_task: bool = False
+    no_shared_fs: bool = False
+    enable_monitoring: bool = False
+    hang_detection_timeout: Seconds = Field(default=1800, gt=0)
+    docker: str | None = None
+    device_type: str | None = None
+    """the chip of hosts whose hostfile line names none: a record of `flagscale.chips`, or `gpu`, `cpu`"""
+    ray_port: int = 6379
+    ray_dashboard_port: int = 8265
+    runtime_env: str | None = None
+    cli_args: CliArgs | None = None
+    deploy: Deploy = Field(default_factory=Deploy)
+    foreground: bool = False
+    """stay attached to the job and return its exit code"""
+    start_timeout_s: Seconds = Field(default=1800, gt=0)
+    """how long `run` waits for all ranks to be up"""
+
+
+class Commands(Section):
+    """Shell code around the job, run on every host."""
+
+    before_start: str | None = None
+    after_stop: str | None = None
+
+
+class Experiment(Section):
+    """The `experiment` section."""
+
+    exp_dir: str
+    """root of every output; relative to the folder in which the command is typed"""
+    exp_name: str = ""
+    task: Task = Field(default_factory=Task)
+    runner: Runner = Field(default_factory=Runner)
+    envs: dict[str, str] = Field(default_factory=dict)
+    device_type_specific: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """environment by chip type, over `envs`"""
+    node_specific: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """environment by host name, over `device_type_specific`"""
+    node_args: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    """engine arguments by host name"""
+    cmds: Commands = Field(default_factory=Commands)
+    secrets: list[str] = Field(default_factory=list)
+    """names of environment variables whose values are written nowhere"""
+    auto_tuner: dict[str, Any] | None = None
+
+    seed: Any = None
+    save_steps: Any = None
+    load: Any = None
+    ckpt_format: Any = None
+    model: Any = None
+    vq_model: Any = None
+    """these six are read only by interpolations in task files"""

@@ -1,0 +1,94 @@
+"""Which hosts a job runs on, and how many ranks each starts: what was asked for, or a fault, never less."""
+
+from dataclasses import replace
+
+from flagscale.errors import Fault
+from flagscale.runner.config.experiment import Experiment
+from flagscale.runner.config.hostfile import Host
+
+NODES = "experiment.runner.nnodes"
+RANKS = "experiment.runner.nproc_per_node"
+
+
+def choose_hosts(
+    experiment: Experiment, listed: tuple[Host, ...] | None
+) -> tuple[tuple[Host, ...], list[Fault], list[Fault]]:
+    """(hosts with the ranks they start as `slots`, faults, warnings).
+
+    listed: the hostfile's hosts, None where there is no hostfile: then the job runs on this machine.
+    """
+    runner = experiment.runner
+    faults: list[Fault] = []
+    warnings: list[Fault] = []
+    count = _count_nodes(runner.nnodes, faults)
+    if runner.type == "cloud":
+        return _choose_cloud(experiment, faults), faults, warnings
+    if listed is None:
+        if count > 1:
+            faults.append(Fault(NODES, f"is {count}, but there is no hostfile", expected="experiment.runner.hostfile"))
+        hosts: tuple[Host, ...] = (Host("localhost", _local_slots(experiment), runner.device_type),)
+    else:
+        hosts = listed
+        if runner.nnodes is not None and count > len(listed):
+            faults.append(Fault(NODES, f"is {count}, but the hostfile names {len(listed)} hosts"))
+        elif runner.nnodes is not None and count < len(listed):
+            left = ", ".join(host.name for host in listed[count:])
+            warnings.append(Fault(NODES, f"is {count}: of the hostfile's {len(listed)} hosts these stay idle: {left}"))
+            hosts = listed[:count]
+    return tuple(_with_ranks(host, experiment, faults) for host in hosts), faults, warnings
+
+
+def _count_nodes(nnodes: int | str | None, faults: list[Fault]) -> int:
+    first = str(nnodes if nnodes is not None else 1).split(":", 1)[0]
+    if first.isdecimal() and int(first) >= 1:
+        return int(first)
+    faults.append(Fault(NODES, f"is `{nnodes}`", expected="a whole number above 0, or `min:max`"))
+    return 1
+
+
+def _choose_cloud(experiment: Experiment, faults: list[Fault]) -> tuple[Host, ...]:
+    """This machine alone: the platform starts the same command on every node."""
+    runner = experiment.runner
+    for name, value in (
+        ("node_rank", runner.node_rank),
+        ("master_addr", runner.master_addr),
+        ("master_port", runner.master_port),
+        ("nnodes", runner.nnodes),
+    ):
+        if value is None:
+            faults.append(Fault(f"experiment.runner.{name}", "is missing: runner.type cloud needs it"))
+    return (_with_ranks(Host("localhost", _local_slots(experiment), runner.device_type), experiment, faults),)
+
+
+def _local_slots(experiment: Experiment) -> int:
+    visible = _count_visible(experiment.envs)
+    return max(experiment.runner.nproc_per_node or 0, 1) if visible is None else visible
+
+
+def _with_ranks(host: Host, experiment: Experiment, faults: list[Fault]) -> Host:
+    """The host, its slots cut down to the ranks that were asked for, its chip filled in."""
+    runner = experiment.runner
+    chip = host.chip or runner.device_type
+    envs = {
+        **experiment.envs,
+        **experiment.device_type_specific.get(chip or "", {}),
+        **experiment.node_specific.get(host.name, {}),
+    }
+    visible = _count_visible(envs)
+    ranks = runner.nproc_per_node
+    if ranks is None:
+        ranks = min(host.slots, visible) if visible else host.slots
+    elif ranks > host.slots:
+        source = "its hostfile line has" if runner.hostfile else "the visible devices make"
+        faults.append(Fault(RANKS, f"is {ranks}, but {source} {host.slots} slots on {host.name}"))
+    elif visible is not None and ranks > visible:
+        faults.append(Fault(RANKS, f"is {ranks}, but only {visible} devices are visible on {host.name}"))
+    return replace(host, slots=ranks, chip=chip)
+
+
+def _count_visible(envs: dict[str, str]) -> int | None:
+    """How many devices the job's own environment makes visible, None where it does not say."""
+    for name, value in envs.items():
+        if name.endswith("_VISIBLE_DEVICES"):
+            return len([item for item in value.split(",") if item.strip()])
+    return None

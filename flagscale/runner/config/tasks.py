@@ -1,0 +1,112 @@
+"""The task-level YAML: one model for each task type.
+
+What we compute with is a field. What we only pass on to a backend stays a dict here and is checked against the
+backend's argument catalogue by `arguments.py`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from flagscale.runner.config.section import Section
+
+EngineName = Literal["vllm", "sglang", "llama_cpp"]
+Arguments = dict[str, Any]
+
+
+class Train(Section):
+    """`train`: three sections of backend arguments, nested as their author likes; nesting has no meaning."""
+
+    system: Arguments = Field(default_factory=dict)
+    model: Arguments = Field(default_factory=dict)
+    data: Arguments = Field(default_factory=dict)
+
+
+class Generate(Section):
+    """What to generate: prompts for a language model, or what the pipeline of another loader takes."""
+
+    model_config = {**Section.model_config, "extra": "allow"}
+
+    prompts: list[str] | None = None
+    sampling: Arguments = Field(default_factory=dict)
+
+
+class Inference(Section):
+    """`inference`: `llm` for a vLLM model, `engine` for a pipeline of another library."""
+
+    llm: Arguments | None = None
+    """keyword arguments of `vllm.LLM`"""
+    engine: Arguments | None = None
+    """model, loader, device, torch_dtype, pipeline, .."""
+    generate: Generate = Field(default_factory=Generate)
+
+
+class Resources(Section):
+    """What one model of a service is given."""
+
+    num_replicas: int | None = Field(default=None, ge=1)
+    num_gpus: float | None = Field(default=None, ge=0)
+    num_cpus: float | None = Field(default=None, ge=0)
+    min_replicas: int | None = Field(default=None, ge=0)
+    max_replicas: int | None = Field(default=None, ge=1)
+    downscale_delay_s: float | None = None
+    upscale_delay_s: float | None = None
+    target_ongoing_requests: float | None = None
+
+
+class Profile(Section):
+    """The load that a benchmark of a service uses."""
+
+    prefix_len: int = 0
+    input_len: int = 1024
+    output_len: int = 1024
+    num_prompts: int = 200
+    range_ratio: float = 0.5
+
+
+class ServeModel(Section):
+    """One model of a service, or one node of a graph of models."""
+
+    serve_id: str
+    engine: EngineName | None = None
+    engine_args: Arguments = Field(default_factory=dict)
+    """the common vocabulary, spelled as vLLM spells it"""
+    engine_args_specific: dict[EngineName, Arguments] = Field(default_factory=dict)
+    """the engine's own arguments; they win over `engine_args`"""
+    resources: Resources = Field(default_factory=Resources)
+    profile: Profile | None = None
+    module: str | None = None
+    name: str | None = None
+    depends: list[str] = Field(default_factory=list)
+
+
+class CustomServe(Section):
+    """`serve` as a mapping: a service with an entry point of its own, which reads these as they are."""
+
+    engine: Arguments = Field(default_factory=dict)
+    generate: Arguments = Field(default_factory=dict)
+
+
+class Compress(Section):
+    """`compress`: what the compressor reads."""
+
+    system: Arguments = Field(default_factory=dict)
+    model: Arguments = Field(default_factory=dict)
+    data: Arguments = Field(default_factory=dict)
+    compress_args: dict[str, list[Arguments]] = Field(default_factory=dict)
+    """method -> recipes: algo, targets, ignore, scheme"""
+
+
+class Rl(Section):
+    """`rl`: the name of verl's base configuration, and the tree of overrides laid over it."""
+
+    model_config = {**Section.model_config, "extra": "allow", "populate_by_name": True}
+
+    config_path: str | None = Field(default=None, alias="config-path")
+    config_name: str | None = Field(default=None, alias="config-name")
+    append_kargs: Arguments = Field(default_factory=dict)
+    """overrides for keys that the base configuration lacks (Hydra's `+`)"""
+
+    @property
+    def overrides(self) -> Arguments:
+        return dict(self.model_extra or {})

@@ -1,0 +1,56 @@
+"""The launcher that only prints: the same plan, the same scripts, and nothing touched.
+
+Equal input gives equal bytes. What only a launch can know stands as its name.
+"""
+
+import shlex
+from typing import Any
+
+from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec, encode_plan
+from flagscale.runner.render.argv import bind_word, render_argv
+from flagscale.runner.render.script import render_script
+
+
+def describe_plan(plan: JobPlan) -> dict[str, Any]:
+    """The plan as JSON values, with each process's environment, argv and script as they would be."""
+    hosts = [
+        {
+            "host": host.host.name,
+            "node_rank": host.node_rank,
+            "processes": [_describe_process(plan, host, process) for process in host.processes],
+            "files": [{"path": path, "content": content} for path, content in host.files],
+        }
+        for host in plan.hosts
+    ]
+    return {"plan": encode_plan(plan), "hosts": hosts}
+
+
+def _describe_process(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> dict[str, Any]:
+    return {
+        "name": process.name,
+        "environment": {name: bind_word(value, None) for name, value in process.env},
+        "secrets": [name for name, _ in plan.secrets],
+        "argv": list(render_argv(process)),
+        "script": render_script(plan, host, process),
+    }
+
+
+def render_dry_run(plan: JobPlan) -> str:
+    """What would run, for people: one block a host."""
+    ranks = f", {plan.num_ranks} ranks" if plan.num_ranks else ""
+    lines = [f"# {plan.exp_name or plan.task}: {plan.task} with {plan.backend} on {len(plan.hosts)} host(s){ranks}"]
+    lines += [f"# outputs: {plan.exp_dir}"]
+    for host in plan.hosts:
+        for process in host.processes:
+            lines += ["", f"# ==== {host.label}: {process.name}", "# environment"]
+            lines += [f"{name}={shlex.quote(bind_word(value, None))}" for name, value in process.env]
+            lines += [f"{name}=<secret: taken from ${source} at launch>" for name, source in plan.secrets]
+            lines += [
+                "# argv",
+                shlex.join(render_argv(process)),
+                "# script",
+                render_script(plan, host, process).rstrip("\n"),
+            ]
+        for path, content in host.files:
+            lines += [f"# file {path}", content.rstrip("\n")]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,28 @@
+"""A process's whole command line: its fixed words, then its arguments as their backend spells them."""
+
+from collections.abc import Mapping
+
+from flagscale.runner.plan.job import AtLaunch, LaunchName, ProcessSpec, Word
+from flagscale.runner.render.options import Renderer, catalogue_renderer, render_plain
+from flagscale.runner.render.verl import render_verl
+
+RENDERERS: dict[str, Renderer] = {
+    "megatron": catalogue_renderer("megatron"),
+    "vllm": catalogue_renderer("vllm"),
+    "sglang": catalogue_renderer("sglang"),
+    "llama_cpp": catalogue_renderer("llama_cpp"),
+    "verl": render_verl,
+}
+
+
+def bind_word(word: Word, values: Mapping[LaunchName, str] | None) -> str:
+    """The word with what was chosen at launch put in; without `values`, with its name in place."""
+    if not isinstance(word, AtLaunch):
+        return word
+    return str(word) if values is None else word.bind(dict(values))
+
+
+def render_argv(process: ProcessSpec, values: Mapping[LaunchName, str] | None = None) -> tuple[str, ...]:
+    """The words of a process's command line, unquoted."""
+    fixed = tuple(bind_word(word, values) for word in process.argv)
+    return fixed + RENDERERS.get(process.backend, render_plain)(process.arguments)

@@ -1,0 +1,48 @@
+"""From a process of a plan to the bash script that an agent runs.
+
+This is the one place where a word is quoted for a shell. The only text that passes unquoted is the user's own shell
+code, `cmds.before_start`; a failure in it ends the script before the process starts.
+"""
+
+import shlex
+from collections.abc import Mapping
+
+from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec
+from flagscale.runner.render.argv import bind_word, render_argv
+
+
+def _quoted_argv(argv: tuple[str, ...]) -> str:
+    """One option with its values a line, so that two scripts differ line by line."""
+    lines: list[list[str]] = [[]]
+    for word in argv:
+        if word.startswith("--") and lines[-1]:
+            lines.append([])
+        lines[-1].append(shlex.quote(word))
+    return " \\\n  ".join(" ".join(line) for line in lines)
+
+
+def render_script(
+    plan: JobPlan, host: HostPlan, process: ProcessSpec, values: Mapping[LaunchName, str] | None = None
+) -> str:
+    """The whole script of one process.
+
+    values: what was chosen at launch; None renders each such value as its name, as a dry run shows it.
+    """
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {process.name} on {host.label} of {plan.exp_name or plan.task}".replace("\n", " "),
+        f"cd -- {shlex.quote(process.cwd)} || exit 1",
+    ]
+    if process.bin_dirs:
+        lines.append(f"export PATH={':'.join(map(shlex.quote, process.bin_dirs))}${{PATH:+:$PATH}}")
+    lines += [f"mkdir -p -- {shlex.quote(path)} || exit 1" for path in host.make_dirs]
+    if host.before_start:
+        lines += [
+            host.before_start.rstrip("\n"),
+            'status=$?; [ "$status" -eq 0 ] || { echo "before_start failed with exit code $status" >&2; exit "$status"; }',
+        ]
+    if process.path_dirs:
+        lines.append(f"export PYTHONPATH={':'.join(map(shlex.quote, process.path_dirs))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    lines += [f"export {name}={shlex.quote(bind_word(value, values))}" for name, value in process.env]
+    lines.append(f"exec {_quoted_argv(render_argv(process, values))}")
+    return "\n".join(lines) + "\n"
