@@ -48,6 +48,7 @@ def _translate(main: Callable[[], Any], exit_codes: list[int]) -> int:
     try:
         main()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        _report_all_faults(sys.argv)
         raise translate_error(error, _config_dir_of(sys.argv)) from error
     except OSError as error:
         if error.filename is None:
@@ -69,8 +70,25 @@ def act_composed(config: "DictConfig") -> None:
     )
     overrides = OmegaConf.to_container(hydra.overrides.task)
     assert isinstance(overrides, list)
-    composed = read_composed(config, config_dir, str(hydra.job.config_name), [str(word) for word in overrides])
-    _EXIT_CODES[0].append(act(composed, command=["python", *sys.argv]))
+    name, words = str(hydra.job.config_name), [str(word) for word in overrides]
+    _EXIT_CODES[0].append(guard(lambda: act(read_composed(config, config_dir, name, words), command=["python", *sys.argv])))
+
+
+def _report_all_faults(argv: list[str]) -> None:
+    """Read the configuration a second time, without Hydra's own section: what stopped Hydra may stem from another fault.
+
+    Raises:
+        ConfigError: all that is wrong with the job's own part of it; none is raised where that is sound.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from flagscale.runner.config.compose import compose_config
+    from flagscale.runner.config.load import load_config
+
+    words = get_args_parser().parse_args(argv[1:])
+    config_dir = _config_dir_of(argv)
+    if words.config_name and config_dir.is_dir():
+        load_config(compose_config(config_dir, words.config_name, words.overrides), Path.cwd())
 
 
 def _config_dir_of(argv: list[str]) -> Path:

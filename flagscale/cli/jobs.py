@@ -105,7 +105,10 @@ def act(composed: "Composed", action: str | None = None, command: Sequence[str] 
 
 def start(job: "JobPlan", values: Mapping[str, Any], command: Sequence[str], *, foreground: bool) -> int:
     """Start a job here, wait until it is up, and stay with it to its end where `foreground` says so."""
+    import gc
+
     from flagscale.runner.launch.local import start_job, wait_job
 
+    gc.enable()
     run = start_job(job, config=dict(values), command=list(command), env=dict(os.environ))
     return wait_job(run) if foreground else 0

@@ -58,13 +58,19 @@ def _flatten(
         name, here = str(key).replace("-", "_"), f"{path}.{key}"
         if name in LAUNCHER_KEYS:
             continue
-        if isinstance(value, dict) and (catalogue is None or catalogue.find(name) is None):
+        if isinstance(value, dict) and not _takes_mapping(name, catalogue):
             near = find_nearest(name, CUSTOMARY_GROUPS)
             if near and near != name:
                 faults.append(Fault(here, "this group of arguments has an unusual name", suggestion=near))
             yield from _flatten(value, here, catalogue, faults)
         else:
             yield GivenArgument(name, value, here)
+
+
+def _takes_mapping(name: str, catalogue: Catalogue | None) -> bool:
+    """Whether a mapping is a value of this argument, rather than a group that bears its name (`optimizer`)."""
+    argument = catalogue.find(name) if catalogue else None
+    return argument is not None and argument.type in ("json", "any")
 
 
 def check_arguments(

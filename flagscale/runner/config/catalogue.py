@@ -104,11 +104,11 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A name that users' files hold and the backend does not take.
+    """A name, or a value (`name=value`), that users' files hold and the backend does not take.
 
     reason: whose it was, and what became of it
     since: the first version without it, None where that is not known or it never was the backend's
-    instead: the argument that does its work, None where none does
+    instead: the argument, or the value, that does its work, None where none does
     """
 
     name: str
@@ -182,27 +182,33 @@ class Catalogue:
     def check(self, key: str, value: Any, path: str) -> Fault | None:
         """What is wrong with `key: value`, or None.
 
+        A dropped name that is null or false asks for nothing, so it passes.
+
         path: the key's own dotted path, for the fault
         """
         argument = self.find(key)
         if argument is None:
-            return self._fault_of_name(key, path)
+            return self._fault_of_name(key, value, path)
         expected = argument.find_expected(value)
         if expected is None:
             return None
+        gone = self.dropped.get(f"{argument.name}={value}")
+        if gone is not None:
+            return _fault_of_dropped(gone, path, f"{self.full_name} does not take `{value}` for `{argument.flag}`")
         return Fault(path, f"{_shorten(value)} is not right for `{argument.flag}` of {self.full_name}", expected)
 
     @property
     def full_name(self) -> str:
         return f"{self.title} {self.version}"
 
-    def _fault_of_name(self, key: str, path: str) -> Fault:
+    def _fault_of_name(self, key: str, value: Any, path: str) -> Fault | None:
         dropped = self.find_dropped(key)
+        if dropped is not None and (value is None or value is False):
+            return None  # it never put a word on a command line
+        what = f"{self.full_name} has no argument `{key}`"
         if dropped is None:
-            return Fault(path, f"{self.full_name} has no argument `{key}`", suggestion=self.find_nearest(key))
-        since = f" (gone since {dropped.since})" if dropped.since else ""
-        message = f"{self.full_name} has no argument `{key}`{since}: {dropped.reason}"
-        return Fault(path, message, f"`{dropped.instead}` in its place" if dropped.instead else None)
+            return Fault(path, what, suggestion=self.find_nearest(key))
+        return _fault_of_dropped(dropped, path, what)
 
 
 def spell(key: str) -> str:
@@ -247,6 +253,13 @@ def read_catalogue(path: Path) -> Catalogue:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FlagScaleError(f"{path}: not an argument catalogue: {error!r}") from error
+
+
+def _fault_of_dropped(dropped: Dropped, path: str, what: str) -> Fault:
+    since = f" (gone since {dropped.since})" if dropped.since else ""
+    return Fault(
+        path, f"{what}{since}: {dropped.reason}", f"`{dropped.instead}` in its place" if dropped.instead else None
+    )
 
 
 def _argument(name: str, row: Row) -> Argument:
@@ -318,7 +331,7 @@ def _fits(wanted: ValueType, value: Any) -> bool:
         case "bool":
             return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
         case "json":
-            return isinstance(value, dict | list) or (isinstance(value, str) and _parses(json.loads, value))
+            return isinstance(value, Mapping | list | tuple) or (isinstance(value, str) and _parses(json.loads, value))
         case "str":
             return isinstance(value, str | int | float) and not isinstance(value, bool)
         case "int":

@@ -7,7 +7,7 @@ never filled), are gathered over the whole tree and told together.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ class Composed:
 
     def locate(self, faults: Sequence[Fault]) -> list[Fault]:
         """The same faults, each with the file and line, or the override, that it stems from."""
+        if not faults:
+            return []
         if self.find_origins is None:
             return [fault if fault.where else fault.at(display_path(self.primary_file)) for fault in faults]
         origins = self.find_origins()
@@ -105,12 +107,12 @@ def read_composed(config: "DictConfig", config_dir: Path, config_name: str, over
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import open_dict, read_write
 
-    from flagscale.runner.config.origins import Origins, read_defaults
+    loader = GlobalHydra.instance().config_loader()
 
-    defaults = read_defaults(GlobalHydra.instance().config_loader(), config_name, overrides)
+    def find_origins() -> "Origins":
+        from flagscale.runner.config.origins import Origins, read_defaults
 
-    def find_origins() -> Origins:
-        return Origins.read(defaults, config_dir, config_name, overrides)
+        return Origins.read(read_defaults(loader, config_name, overrides), config_dir, config_name, overrides)
 
     with read_write(config), open_dict(config):
         config.pop("hydra", None)
@@ -126,9 +128,28 @@ def read_composed(config: "DictConfig", config_dir: Path, config_name: str, over
             faults.append(fault)
     bare = Composed({}, config_dir, config_name, tuple(overrides), find_origins=find_origins)
     if faults:
-        raise ConfigError(bare.locate(faults))
+        raise ConfigError(bare.locate([*faults, *_misnamed(config, bare, references)]))
     values = _to_plain(config)
     return Composed(values, config_dir, config_name, tuple(overrides), frozenset(references), environment, find_origins)
+
+
+def _misnamed(config: "DictConfig", bare: Composed, references: set[str]) -> list[Fault]:
+    """Names that the unresolved tree has wrong: often one of them is why an interpolation finds nothing.
+
+    Only faults that know a better name are taken: beside a value that cannot be read, others may be its consequences.
+    """
+    from omegaconf import OmegaConf
+
+    from flagscale.runner.config.load import load_config
+
+    raw = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(raw, dict)
+    values = {str(key): value for key, value in raw.items()}
+    try:
+        load_config(replace(bare, values=values, references=frozenset(references)), Path.cwd())
+    except ConfigError as error:
+        return [fault for fault in error.faults if fault.suggestion]
+    return []
 
 
 def _to_plain(config: "DictConfig") -> dict[str, Any]:

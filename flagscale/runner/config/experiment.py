@@ -4,9 +4,11 @@ The keys are FlagScale's (`experiment.*`). Where FlagScale spells one idea twice
 field before these models see it.
 """
 
-from typing import Any, Literal
+import json
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from flagscale.runner.config.section import Section
 
@@ -20,6 +22,47 @@ DEFAULT_BACKENDS: dict[TaskType, str] = {
     "compress": "llmcompressor",
     "rl": "verl",
 }
+
+
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OF_BASH = frozenset(
+    "_ BASHOPTS BASHPID BASH_ARGC BASH_ARGV BASH_ARGV0 BASH_COMMAND BASH_LINENO BASH_SOURCE BASH_SUBSHELL BASH_VERSINFO "
+    "COMP_WORDBREAKS DIRSTACK EPOCHREALTIME EPOCHSECONDS EUID FUNCNAME GROUPS HISTCMD LINENO PIPESTATUS PPID RANDOM "
+    "SECONDS SHELLOPTS SHLVL SRANDOM UID".split()
+)
+"""variables that bash sets itself: a value given to one does not arrive"""
+
+
+def _check_variable(name: str) -> str:
+    if not _VARIABLE.fullmatch(name):
+        raise ValueError("a name of a variable: letters, digits and _, no digit first")
+    if name in _OF_BASH:
+        raise ValueError("another name: bash sets this variable itself")
+    return name
+
+
+def _check_program(word: str) -> str:
+    if not word.strip() or word.startswith("-"):
+        raise ValueError("the name or the path of a program")
+    return word
+
+
+def _read_json(value: Any) -> Any:
+    """A mapping, or the JSON text of one, as the command line gives it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise ValueError("a mapping, or the text of a JSON object")
+    return read
+
+
+VariableName = Annotated[str, AfterValidator(_check_variable)]
+Environment = dict[VariableName, str]
 
 
 class Task(Section):
@@ -64,8 +107,8 @@ class CliArgs(Section):
     """What `flagscale serve` was told on its command line."""
 
     model_path: str | None = None
-    port: int | None = None
-    engine_args: dict[str, Any] | str | None = None
+    port: int | None = Field(default=None, ge=1, le=65535)
+    engine_args: Annotated[dict[str, Any], BeforeValidator(_read_json)] = Field(default_factory=dict)
 
 
 class Torchrun(Section):
@@ -99,7 +142,7 @@ class Runner(Torchrun):
 
     type: Literal["ssh", "local", "cloud"] = "ssh"
     """ssh: the hosts of `hostfile`, this machine where there is none; cloud: this machine as `node_rank` of `nnodes`"""
-    backend: str = "torchrun"
+    backend: Annotated[str, AfterValidator(_check_program)] = "torchrun"
     nnodes: int | str | None = None
     """number of hosts; of `min:max` the minimum counts"""
     nproc_per_node: int | None = Field(default=None, ge=1)
@@ -115,8 +158,8 @@ class Runner(Torchrun):
     docker: str | None = None
     device_type: str | None = None
     """the chip of hosts whose hostfile line names none: a record of `flagscale.chips`, or `gpu`, `cpu`"""
-    ray_port: int = 6379
-    ray_dashboard_port: int = 8265
+    ray_port: int = Field(default=6379, ge=1, le=65535)
+    ray_dashboard_port: int = Field(default=8265, ge=1, le=65535)
     runtime_env: str | None = None
     cli_args: CliArgs | None = None
     deploy: Deploy = Field(default_factory=Deploy)
@@ -136,20 +179,20 @@ class Commands(Section):
 class Experiment(Section):
     """The `experiment` section."""
 
-    exp_dir: str
+    exp_dir: str = Field(min_length=1)
     """root of every output; relative to the folder in which the command is typed"""
     exp_name: str = ""
     task: Task = Field(default_factory=Task)
     runner: Runner = Field(default_factory=Runner)
-    envs: dict[str, str] = Field(default_factory=dict)
-    device_type_specific: dict[str, dict[str, str]] = Field(default_factory=dict)
+    envs: Environment = Field(default_factory=dict)
+    device_type_specific: dict[str, Environment] = Field(default_factory=dict)
     """environment by chip type, over `envs`"""
-    node_specific: dict[str, dict[str, str]] = Field(default_factory=dict)
+    node_specific: dict[str, Environment] = Field(default_factory=dict)
     """environment by host name, over `device_type_specific`"""
     node_args: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """engine arguments by host name"""
     cmds: Commands = Field(default_factory=Commands)
-    secrets: list[str] = Field(default_factory=list)
+    secrets: list[VariableName] = Field(default_factory=list)
     """names of environment variables whose values are written nowhere"""
     auto_tuner: dict[str, Any] | None = None
 

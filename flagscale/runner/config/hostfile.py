@@ -10,9 +10,10 @@ from pathlib import Path
 from flagscale.errors import Fault
 
 HOST = re.compile(
-    r"(?:(?P<user>[A-Za-z_][\w.-]*)@)?(?P<name>[A-Za-z0-9](?:[\w.-]*\w)?|\[[0-9a-fA-F:.]+\])(?::(?P<port>\d+))?"
+    r"(?:(?P<user>[A-Za-z_][\w.-]*)@)?(?P<name>[A-Za-z0-9](?:[\w.-]*\w)?|\[[0-9a-fA-F:.]+\])(?::(?P<port>\d{1,5}))?"
 )
 GRAMMAR = "`[user@]host[:port] slots=N [type=CHIP]`"
+SLOTS = re.compile(r"0*[1-9]\d{0,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,13 @@ class Host:
 def load_hostfile(path: Path, key: str) -> tuple[tuple[Host, ...], list[Fault]]:
     """The hosts of a file, and every fault in it. `key` is the dotted path under which the file was named."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         return (), [Fault(key, f"hostfile {path}: {reason}", expected="a file with one host a line")]
     hosts: list[Host] = []
     faults: list[Fault] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         bare = line.split("#", 1)[0].split()
         if not bare:
             continue
@@ -70,7 +71,7 @@ def _parse_host(words: list[str]) -> tuple[Host | None, str | None]:
             return None, f"`{word}` cannot be read"
         fields[name] = value
     slots = fields.get("slots", "")
-    if not slots.isdecimal() or int(slots) < 1:
+    if not SLOTS.fullmatch(slots):
         return None, f"host `{match['name']}` has " + (f"slots={slots}" if slots else "no slots=")
     port = int(match["port"]) if match["port"] else None
     if port is not None and not 1 <= port <= 65535:

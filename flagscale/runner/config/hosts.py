@@ -1,13 +1,17 @@
 """Which hosts a job runs on, and how many ranks each starts: what was asked for, or a fault, never less."""
 
+import re
 from dataclasses import replace
 
+from flagscale.chips import find_chip
 from flagscale.errors import Fault
 from flagscale.runner.config.experiment import Experiment
 from flagscale.runner.config.hostfile import Host
 
 NODES = "experiment.runner.nnodes"
 RANKS = "experiment.runner.nproc_per_node"
+MASTER = "experiment.runner.master_addr"
+COUNT = re.compile(r"([1-9]\d{0,5})(?::[1-9]\d{0,5})?")
 
 
 def choose_hosts(
@@ -20,9 +24,9 @@ def choose_hosts(
     runner = experiment.runner
     faults: list[Fault] = []
     warnings: list[Fault] = []
-    count = _count_nodes(runner.nnodes, faults)
     if runner.type == "cloud":
         return _choose_cloud(experiment, faults), faults, warnings
+    count = _count_nodes(runner.nnodes, faults)
     if listed is None:
         if count > 1:
             faults.append(Fault(NODES, f"is {count}, but there is no hostfile", expected="experiment.runner.hostfile"))
@@ -35,13 +39,21 @@ def choose_hosts(
             left = ", ".join(host.name for host in listed[count:])
             warnings.append(Fault(NODES, f"is {count}: of the hostfile's {len(listed)} hosts these stay idle: {left}"))
             hosts = listed[:count]
+        if _needs_master(experiment) and hosts[0].is_local and not all(host.is_local for host in hosts):
+            text = f"is missing: the first host is `{hosts[0].name}`, a name by which the others would mean themselves"
+            faults.append(Fault(MASTER, text, expected="a name or an address by which they reach it"))
     return tuple(_with_ranks(host, experiment, faults) for host in hosts), faults, warnings
 
 
+def _needs_master(experiment: Experiment) -> bool:
+    """Whether hosts must find the first one by its name in the hostfile."""
+    runner = experiment.runner
+    return experiment.task.type in ("train", "serve", "rl") and not (runner.master_addr or runner.per_node_task)
+
+
 def _count_nodes(nnodes: int | str | None, faults: list[Fault]) -> int:
-    first = str(nnodes if nnodes is not None else 1).split(":", 1)[0]
-    if first.isdecimal() and int(first) >= 1:
-        return int(first)
+    if match := COUNT.fullmatch(str(nnodes if nnodes is not None else 1)):
+        return int(match[1])
     faults.append(Fault(NODES, f"is `{nnodes}`", expected="a whole number above 0, or `min:max`"))
     return 1
 
@@ -57,11 +69,15 @@ def _choose_cloud(experiment: Experiment, faults: list[Fault]) -> tuple[Host, ..
     ):
         if value is None:
             faults.append(Fault(f"experiment.runner.{name}", "is missing: runner.type cloud needs it"))
+    count = _count_nodes(runner.nnodes, faults)
+    if runner.node_rank is not None and runner.nnodes is not None and runner.node_rank >= count:
+        text = f"is {runner.node_rank}, but runner.nnodes is {count}"
+        faults.append(Fault("experiment.runner.node_rank", text, expected=f"0 to {count - 1}"))
     return (_with_ranks(Host("localhost", _local_slots(experiment), runner.device_type), experiment, faults),)
 
 
 def _local_slots(experiment: Experiment) -> int:
-    visible = _count_visible(experiment.envs)
+    visible = _count_visible(experiment.envs, experiment.runner.device_type)
     return max(experiment.runner.nproc_per_node or 0, 1) if visible is None else visible
 
 
@@ -74,7 +90,7 @@ def _with_ranks(host: Host, experiment: Experiment, faults: list[Fault]) -> Host
         **experiment.device_type_specific.get(chip or "", {}),
         **experiment.node_specific.get(host.name, {}),
     }
-    visible = _count_visible(envs)
+    visible = _count_visible(envs, chip)
     ranks = runner.nproc_per_node
     if ranks is None:
         ranks = min(host.slots, visible) if visible else host.slots
@@ -86,9 +102,13 @@ def _with_ranks(host: Host, experiment: Experiment, faults: list[Fault]) -> Host
     return replace(host, slots=ranks, chip=chip)
 
 
-def _count_visible(envs: dict[str, str]) -> int | None:
-    """How many devices the job's own environment makes visible, None where it does not say."""
-    for name, value in envs.items():
-        if name.endswith("_VISIBLE_DEVICES"):
-            return len([item for item in value.split(",") if item.strip()])
-    return None
+def _count_visible(envs: dict[str, str], chip: str | None) -> int | None:
+    """How many devices the job's own environment makes visible, None where it does not say.
+
+    A list that hides every device, empty or -1, is how jobs on a CPU are written: it counts nothing.
+    """
+    record = find_chip(chip) if chip else None
+    names = record.visible_devices if record else [name for name in envs if name.endswith("_VISIBLE_DEVICES")]
+    listed = next((envs[name] for name in names if name in envs), "")
+    devices = [item for item in listed.split(",") if item.strip() and item.strip() != "-1"]
+    return len(devices) or None

@@ -6,26 +6,28 @@ failed is left out; its faults show once the earlier ones are mended. Nothing he
 the files that the configuration names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from flagscale.errors import ConfigError, Fault
+from flagscale.errors import ConfigError, Fault, find_nearest
 from flagscale.runner.config.arguments import GivenArgument
 from flagscale.runner.config.compose import Composed
 from flagscale.runner.config.experiment import TASK_TYPES, Experiment, TaskType
 from flagscale.runner.config.faults import read_faults, unknown_key
 from flagscale.runner.config.hostfile import Host, load_hostfile
 from flagscale.runner.config.hosts import choose_hosts
-from flagscale.runner.config.secrets import find_secrets, mask_secrets
+from flagscale.runner.config.secrets import find_secrets, mask_fault, mask_secrets
 from flagscale.runner.config.spellings import unify_spellings
 from flagscale.runner.config.tasks import Compress, CustomServe, Inference, Rl, ServeModel, Train
 
 ACTIONS = ("run", "dryrun", "test", "stop", "query", "auto_tune")
 ROOT_KEYS = ("experiment", "action", *TASK_TYPES, "device_type_specific", "node_specific")
+HYDRA_KEYS = ("defaults", "hydra")
+"""read and taken out by Hydra: one that is left is misspelt"""
 
 TaskSection: TypeAlias = Train | Inference | tuple[ServeModel, ...] | CustomServe | Compress | Rl
 Tree: TypeAlias = dict[str, Any]
@@ -68,13 +70,16 @@ class _Loader:
         self.cwd = cwd
         self.faults: list[Fault] = []
         self.warnings: list[Fault] = []
+        unusable = [*_find_unusable(composed.values, ""), *_find_unusable({"exp_dir": str(cwd)}, "experiment")]
+        if unusable:
+            raise ConfigError(composed.locate(unusable))
         self.tree, self.written, found = unify_spellings(composed.values)
         self.faults += found
 
     def load(self) -> Config:
         from flagscale.runner.config.checks import check_task
 
-        secrets, hidden, found = find_secrets(self.tree, self._written_environment())
+        secrets, hidden, found = find_secrets(self.tree, self.written_environment())
         self.faults += found
         action = self._check_root()
         experiment = self._load_section(Experiment, self.tree.get("experiment"), "experiment")
@@ -93,7 +98,7 @@ class _Loader:
         chip_arguments = self._read_overlay("device_type_specific")
         host_arguments = self._read_overlay("node_specific")
         if self.faults or experiment is None or task is None:
-            raise ConfigError([self._mask(fault, hidden) for fault in self._locate(self.faults)])
+            raise ConfigError([mask_fault(fault, hidden) for fault in self._locate(self.faults)])
         return Config(
             experiment=experiment,
             task=task,
@@ -105,10 +110,10 @@ class _Loader:
             chip_arguments=chip_arguments,
             host_arguments=host_arguments,
             secrets=secrets,
-            warnings=tuple(self._locate(self.warnings)),
+            warnings=tuple(mask_fault(fault, hidden) for fault in self._locate(self.warnings)),
         )
 
-    def _written_environment(self) -> dict[str, str]:
+    def written_environment(self) -> dict[str, str]:
         """Raw values that read the environment, under the paths that the unified tree has."""
         moved = {old: new for new, old in self.written.items()}
         return {_move(path, moved): raw for path, raw in self.composed.environment.items()}
@@ -116,10 +121,11 @@ class _Loader:
     def _check_root(self) -> str:
         for key in self.tree:
             if key not in ROOT_KEYS and not self._is_referenced(str(key)):
-                self.faults.append(unknown_key(str(key), str(key), list(ROOT_KEYS)))
+                self.faults.append(unknown_key(str(key), str(key), [*ROOT_KEYS, *HYDRA_KEYS]))
         if "experiment" not in self.tree:
             self.faults.append(Fault("experiment", "is missing", expected="a section"))
-        action = self.tree.get("action", "run")
+        action = self.tree.get("action")
+        action = "run" if action is None else action
         if action not in ACTIONS:
             fault = unknown_key("action", str(action), list(ACTIONS), "action")
             self.faults.append(replace(fault, message=f"there is no action `{action}`"))
@@ -166,7 +172,7 @@ class _Loader:
                 return model.model_validate(raw)
             except ValidationError as error:
                 pruned = self._without_references(raw, error, path)
-                if pruned is None:
+                if pruned is None or pruned == raw:
                     self.faults += read_faults(error, model, path)
                     return None
                 raw = pruned
@@ -194,22 +200,24 @@ class _Loader:
         hosts, faults, warnings = choose_hosts(experiment, listed)
         self.faults += faults
         self.warnings += warnings
+        names = [host.name for host in listed or ()]
+        for key, rows in (("node_specific", experiment.node_specific), ("node_args", experiment.node_args)):
+            for name in rows if names else ():
+                if name not in names:
+                    text, near = "the hostfile names no such host", find_nearest(name, names)
+                    self.warnings.append(Fault(f"experiment.{key}.{name}", text, suggestion=near))
         return hosts
 
     def _read_overlay(self, key: str) -> dict[str, dict[str, Any]]:
-        raw = self.tree.get(key) or {}
-        if not isinstance(raw, dict) or not all(isinstance(value, dict) for value in raw.values()):
+        raw = self.tree.get(key)
+        rows = {name: values for name, values in raw.items() if values is not None} if isinstance(raw, dict) else {}
+        if not isinstance(raw, dict | None) or not all(isinstance(values, dict) for values in rows.values()):
             self.faults.append(Fault(key, "cannot be read", expected="a mapping of names to mappings"))
             return {}
-        return {str(name): {str(k).replace("-", "_"): v for k, v in values.items()} for name, values in raw.items()}
+        return {str(name): {str(k).replace("-", "_"): v for k, v in values.items()} for name, values in rows.items()}
 
     def _locate(self, faults: list[Fault]) -> list[Fault]:
         return self.composed.locate([replace(fault, path=_move(fault.path, self.written)) for fault in faults])
-
-    def _mask(self, fault: Fault, hidden: frozenset[str]) -> Fault:
-        for secret in hidden:
-            fault = replace(fault, message=fault.message.replace(secret, "***"))
-        return fault
 
 
 def _move(path: str, moved: Mapping[str, str]) -> str:
@@ -226,6 +234,33 @@ def _without(node: Any, location: tuple[str | int, ...]) -> Any:
             return {key: value for key, value in node.items() if key != head}
         return {key: _without(value, rest) if key == head else value for key, value in node.items()}
     return [_without(value, rest) if index == head else value for index, value in enumerate(node)]
+
+
+def _find_unusable(node: Any, path: str) -> Iterator[Fault]:
+    """A fault for every value that no command line, file or environment can hold, whatever it is meant for."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            here = f"{path}.{key}" if path else str(key)
+            yield from _find_unusable(str(key), here)
+            yield from _find_unusable(value, here)
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _find_unusable(value, f"{path}.{index}")
+    elif isinstance(node, str):
+        if "\0" in node:
+            yield Fault(path, "holds a NUL, which no command line, file name or environment can hold")
+        elif any("\ud800" <= letter <= "\udfff" for letter in node):
+            yield Fault(path, "holds bytes that are not UTF-8 text")
+    elif isinstance(node, int) and abs(node) >= 2**64:
+        yield Fault(path, "is a number too large to be meant", expected="less than 2^64; in quotes, if it is a name")
+    elif not isinstance(node, int | float | None):
+        yield Fault(path, f"is of the type {type(node).__name__}", expected="text, a number, true or false")
+
+
+def hidden_values(composed: Composed) -> frozenset[str]:
+    """The values of secrets that stand in a composed configuration, whether or not it is sound."""
+    loader = _Loader(composed, Path.cwd())
+    return find_secrets(loader.tree, loader.written_environment())[1]
 
 
 def load_config(composed: Composed, cwd: Path) -> Config:

@@ -31,7 +31,7 @@ class _Sizes:
 
     def find(self, name: str) -> int | None:
         value = self._given[name].value if name in self._given else None
-        if isinstance(value, str) and value.isdecimal():
+        if isinstance(value, str) and value.isdecimal() and len(value) < 19:
             return int(value)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -142,6 +142,8 @@ def _check_model(sizes: _Sizes) -> Iterator[Fault]:
             yield Fault(
                 sizes.path("seq_length"), f"{sequence} is not a multiple of 2 × context_parallel_size = {2 * context}"
             )
+    if sizes.find("train_iters") and sizes.find("train_samples"):
+        yield Fault(sizes.path("train_samples"), "cannot stand beside train_iters: give the length of the run once")
     sequence, positions = sizes.find("seq_length"), sizes.find("max_position_embeddings")
     if sequence and positions and sequence > positions:
         yield Fault(sizes.path("seq_length"), f"{sequence} is more than max_position_embeddings: {positions}")
@@ -194,5 +196,3 @@ def _check_batches(sizes: _Sizes, world: World) -> Iterator[Fault]:
     if whole % (micro * replicas):
         text = f"{whole} is not a multiple of micro_batch_size × data-parallel size = {micro} × {replicas}"
         yield Fault(sizes.path("global_batch_size"), text)
-    if sizes.find("train_iters") and sizes.find("train_samples"):
-        yield Fault(sizes.path("train_samples"), "cannot stand beside train_iters: give the length of the run once")

@@ -6,7 +6,8 @@ line, in a script or in a dump, so there it is a fault.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from flagscale.errors import Fault
@@ -15,12 +16,15 @@ MASK = "***"
 SHORTEST_SEARCHED = 6
 """a shorter secret is only looked for as a whole value: as a part of one it would be found everywhere"""
 
-_FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)\s*(?:,.*)?\}")
+_FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)\s*(?:,\s*(?:null|''|\"\")\s*)?\}")
+_READ = re.compile(r"oc\.env\s*:\s*([A-Za-z_]\w*)")
 _ENVIRONMENT_MAPS = (
     ("experiment", "envs"),
     ("experiment", "node_specific", "*"),
     ("experiment", "device_type_specific", "*"),
 )
+
+EXPECTED = "secrets only under `experiment.envs`"
 
 
 def find_secrets(
@@ -31,9 +35,7 @@ def find_secrets(
     values: the resolved tree; environment: dotted path -> raw text, for values that read `${oc.env:..}`
     Returns (name in the job -> name in the launcher's environment, the secret values seen, faults).
     """
-    experiment = values.get("experiment")
-    listed = experiment.get("secrets") if isinstance(experiment, Mapping) else None
-    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    names = _listed(values)
     if not names:
         return {}, frozenset(), []
     sources = {name: name for name in names}
@@ -42,31 +44,45 @@ def find_secrets(
     for path, name, value in _environment_entries(values):
         raw = environment.get(path, "")
         whole = _FROM_ENVIRONMENT.fullmatch(raw)
-        read = set(re.findall(r"oc\.env\s*:\s*([A-Za-z_]\w*)", raw))
         if whole and (name in names or whole[1] in names):
+            if sources.get(name, name) not in (name, whole[1]):
+                faults.append(Fault(path, f"reads ${whole[1]}, but elsewhere `{name}` is read from ${sources[name]}"))
             sources[name] = whole[1]
-            hidden.add(str(value))
-        elif name in names or read & set(names):
+        elif name in names or set(_READ.findall(raw)) & names:
             faults.append(Fault(path, "holds a secret in the open", expected=f"`${{oc.env:{name}}}` and nothing else"))
-            hidden.add(str(value))
-    for path, raw in environment.items():
-        if set(re.findall(r"oc\.env\s*:\s*([A-Za-z_]\w*)", raw)) & set(names):
-            hidden.add(str(_select(values, path)))
-    hidden.discard("")
+        else:
+            continue
+        hidden |= _texts(value)
+    leaves = list(_leaves(values, ""))
+    read_at = {path for path, raw in environment.items() if set(_READ.findall(raw)) & names}
+    for path, value in leaves:
+        if path in read_at:
+            hidden |= _texts(value)
     faults += [
         Fault(path, "holds the value of a secret, which would stand on a command line or in a file", expected=EXPECTED)
-        for path, value in _leaves(values, "")
+        for path, value in leaves
         if not _is_environment(path) and is_secret(value, hidden)
     ]
     return sources, frozenset(hidden), faults
 
 
-EXPECTED = "secrets only under `experiment.envs`"
+def _listed(values: Mapping[str, Any]) -> set[str]:
+    """The names under `experiment.secrets`, also of a list that is malformed: hiding too much does no harm."""
+    experiment = values.get("experiment")
+    listed = experiment.get("secrets") if isinstance(experiment, Mapping) else None
+    rows = listed if isinstance(listed, list) else [listed]
+    return {name for name in rows if isinstance(name, str)}
 
 
-def is_secret(value: Any, hidden: frozenset[str] | set[str]) -> bool:
+def _texts(value: Any) -> set[str]:
+    return {str(leaf) for _, leaf in _leaves(value, "") if leaf not in (None, "")}
+
+
+def is_secret(value: Any, hidden: Iterable[str]) -> bool:
+    if value is None or isinstance(value, bool):
+        return False
     text = str(value)
-    return text in hidden or any(len(secret) >= SHORTEST_SEARCHED and secret in text for secret in hidden)
+    return any(text == secret or (len(secret) >= SHORTEST_SEARCHED and secret in text) for secret in hidden)
 
 
 def mask_secrets(node: Any, hidden: frozenset[str]) -> Any:
@@ -75,7 +91,27 @@ def mask_secrets(node: Any, hidden: frozenset[str]) -> Any:
         return {key: mask_secrets(value, hidden) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [mask_secrets(value, hidden) for value in node]
-    return MASK if isinstance(node, str) and is_secret(node, hidden) else node
+    return MASK if is_secret(node, hidden) else node
+
+
+def mask_text(text: str, hidden: Iterable[str]) -> str:
+    """The text with `***` in place of every secret in it, the longest first."""
+    for secret in sorted(hidden, key=lambda secret: (-len(secret), secret)):
+        text = text.replace(secret, MASK)
+    return text
+
+
+def mask_fault(fault: Fault, hidden: Iterable[str]) -> Fault:
+    def masked(text: str | None) -> str | None:
+        return mask_text(text, hidden) if text else text
+
+    return replace(
+        fault,
+        message=mask_text(fault.message, hidden),
+        expected=masked(fault.expected),
+        suggestion=masked(fault.suggestion),
+        where=masked(fault.where),
+    )
 
 
 def _environment_entries(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -107,12 +143,3 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{path}.{index}")
     else:
         yield path, node
-
-
-def _select(node: Any, path: str) -> Any:
-    for key in path.split("."):
-        if isinstance(node, Mapping):
-            node = node.get(key)
-        elif isinstance(node, list):
-            node = node[int(key)]
-    return node

@@ -41,8 +41,10 @@ def unify_spellings(values: Tree) -> tuple[Tree, dict[str, str], list[Fault]]:
 def _move_deploy(experiment: Tree, written: dict[str, str], faults: list[Fault]) -> None:
     if "deploy" not in experiment:
         return
-    deploy = experiment.pop("deploy")
-    runner = dict(experiment.get("runner") or {})
+    deploy, runner = experiment.pop("deploy"), experiment.get("runner")
+    if deploy is None or not isinstance(runner, dict | None):
+        return
+    runner = dict(runner or {})
     if runner.get("deploy") not in (None, deploy):
         faults.append(Fault("experiment.deploy", "differs from experiment.runner.deploy, which means the same"))
     runner["deploy"] = deploy
@@ -62,6 +64,8 @@ def _move_environment(experiment: Tree, written: dict[str, str], faults: list[Fa
             if old not in holder:
                 continue
             path, value = f"{prefix}.{old}", holder.pop(old)
+            if value is None:
+                continue
             if new in found and found[new][1] != value:
                 faults.append(Fault(path, f"differs from {found[new][0]}, which means the same"))
             found[new] = (path, value)

@@ -4,14 +4,22 @@ What we compute with is a field. What we only pass on to a backend stays a dict 
 backend's argument catalogue by `arguments.py`.
 """
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from flagscale.runner.config.section import Section
 
 EngineName = Literal["vllm", "sglang", "llama_cpp"]
 Arguments = dict[str, Any]
+
+
+def _check_file_name(name: str) -> str:
+    """A model's name stands in the names of its script and its log."""
+    if not re.fullmatch(r"\w[\w.@+-]*", name):
+        raise ValueError("a name without spaces and slashes")
+    return name
 
 
 class Train(Section):
@@ -67,7 +75,7 @@ class Profile(Section):
 class ServeModel(Section):
     """One model of a service, or one node of a graph of models."""
 
-    serve_id: str
+    serve_id: Annotated[str, AfterValidator(_check_file_name)]
     engine: EngineName | None = None
     engine_args: Arguments = Field(default_factory=dict)
     """the common vocabulary, spelled as vLLM spells it"""

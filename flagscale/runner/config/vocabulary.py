@@ -4,11 +4,13 @@
 the common vocabulary that an engine lacks is left as it is, so that the engine's catalogue can name the fault.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flagscale.runner.config.arguments import GivenArgument
+from flagscale.runner.config.catalogue import load_catalogue
 
 SGLANG_NAMES = {
     "model": "model_path",
@@ -34,14 +36,14 @@ LLAMA_CPP_NAMES = {
 
 LLAMA_CPP_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 QUIET_LEVELS = ("warning", "error", "critical", "trace")
+SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)([kKmMgG])")
 SIZE_SUFFIXES = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}
 
 
 def parse_size(value: Any) -> Any:
     """`4k` as 4000 and `4K` as 4096, the way vLLM reads them; anything else as it is."""
-    if isinstance(value, str) and value[:-1].replace(".", "", 1).isdecimal() and value[-1:] in SIZE_SUFFIXES:
-        return int(float(value[:-1]) * SIZE_SUFFIXES[value[-1]])
-    return value
+    match = SIZE.fullmatch(value) if isinstance(value, str) else None
+    return int(float(match[1]) * SIZE_SUFFIXES[match[2]]) if match else value
 
 
 def _sglang(name: str, value: Any) -> list[tuple[str, Any]]:
@@ -67,8 +69,8 @@ def _llama_cpp(name: str, value: Any) -> list[tuple[str, Any]]:
             return [("cache_type_k", kind), ("cache_type_v", kind)]
         case "rope_scaling" if isinstance(value, dict):
             kind = value.get("rope_type", value.get("type"))
-            named = [("rope_scaling", kind if kind in ("none", "linear", "yarn") else None)]
-            return [*named, ("rope_scale", value.get("factor"))]
+            trained = value.get("original_max_position_embeddings")
+            return [("rope_scaling", kind), ("rope_scale", value.get("factor")), ("yarn_orig_ctx", trained)]
         case "reasoning_parser":
             return [("reasoning_format", "deepseek")]
         case "show_hidden_metrics_for_version" | "disable_uvicorn_access_log":
@@ -97,13 +99,25 @@ def translate_engine_args(
 ) -> tuple[GivenArgument, ...]:
     """The arguments of one model in its engine's own words, nulls left out.
 
-    `path` is the model's dotted path (`serve.0`). `specific` wins over `common` for every engine.
+    `path` is the model's dotted path (`serve.0`). `specific` wins over `common` for every engine, in whichever of an
+    argument's spellings either is written.
     """
     given: dict[str, GivenArgument] = {}
     for key, value in common.items():
+        if value is None:
+            continue
         for name, word in TRANSLATIONS[engine](str(key).replace("-", "_"), value):
-            given[name] = GivenArgument(name, word, f"{path}.engine_args.{key}")
+            _put(given, engine, GivenArgument(name, word, f"{path}.engine_args.{key}"))
     for key, value in specific.get(engine, {}).items():
         name = str(key).replace("-", "_")
-        given[name] = GivenArgument(name, value, f"{path}.engine_args_specific.{engine}.{key}")
-    return tuple(argument for argument in given.values() if argument.value is not None)
+        _put(given, engine, GivenArgument(name, value, f"{path}.engine_args_specific.{engine}.{key}"))
+    return tuple(given.values())
+
+
+def _put(given: dict[str, GivenArgument], engine: str, argument: GivenArgument) -> None:
+    """Lay an argument over an earlier one of the same meaning; a null changes nothing."""
+    if argument.value is None:
+        return
+    known = load_catalogue(engine).find(argument.name)
+    name = known.name if known else argument.name
+    given[name] = GivenArgument(name, argument.value, argument.path)

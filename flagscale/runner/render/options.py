@@ -6,6 +6,7 @@ contract's plain rule: true is the bare flag, false is nothing, a list is its it
 
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from flagscale.runner.config.catalogue import Argument, load_catalogue
@@ -55,9 +56,12 @@ def render_option(name: str, value: Any, argument: Argument | None) -> tuple[str
 def catalogue_renderer(backend: str) -> Renderer:
     """The renderer of a backend whose every argument is an option."""
 
+    @cache
+    def find(name: str) -> Argument | None:
+        return load_catalogue(backend).find(name)
+
     def render(arguments: tuple[tuple[str, Any], ...]) -> tuple[str, ...]:
-        catalogue = load_catalogue(backend)
-        return tuple(word for name, value in arguments for word in render_option(name, value, catalogue.find(name)))
+        return tuple(word for name, value in arguments for word in render_option(name, value, find(name)))
 
     return render
 

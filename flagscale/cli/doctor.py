@@ -1,0 +1,172 @@
+"""`flagscale doctor`: what this machine has, what is missing, and how to get it.
+
+Nothing is imported to find out: a package is asked for its metadata, a program for its path. A backend that is missing
+is no failure, since no machine needs them all; what every job needs is.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flagscale import env
+
+LEAST_FREE_BYTES = 5 * 1024**3
+PROBE_TIMEOUT_S = 10
+WIDE = 160
+"""columns where the output is no terminal and has no width"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked for.
+
+    needed: every job needs it; what is missing although needed makes the exit code 1
+    remedy: how to get it, None where it is there
+    """
+
+    group: str
+    name: str
+    found: str | None
+    remedy: str | None = None
+    needed: bool = False
+
+
+def find_version(distribution: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _package(group: str, name: str, remedy: str, needed: bool = False) -> Finding:
+    found = find_version(name)
+    return Finding(group, name, found, None if found else remedy, needed)
+
+
+def _program(group: str, name: str, remedy: str) -> Finding:
+    found = shutil.which(name)
+    return Finding(group, name, found, None if found else remedy)
+
+
+def _machine() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("machine", "python", f"{version} ({sys.executable})", needed=True)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
+    yield Finding("machine", "cores and memory", f"{os.cpu_count()} cores, {memory:.0f} GiB")
+    free = shutil.disk_usage(Path.cwd()).free
+    enough = free >= LEAST_FREE_BYTES
+    remedy = None if enough else f"less than {LEAST_FREE_BYTES // 1024**3} GiB are free here: make room for checkpoints"
+    yield Finding("machine", "disk", f"{free / 1024**3:.0f} GiB free" if enough else None, remedy)
+    state = env.state_dir()
+    parent = next(folder for folder in (state, *state.parents) if folder.exists())
+    writable = os.access(parent, os.W_OK | os.X_OK)
+    remedy = None if writable else f"{parent} is not writable: set {env.STATE_DIR} to a folder that is"
+    yield Finding("machine", "list of runs", str(state) if writable else None, remedy, needed=True)
+
+
+def _chips() -> Iterator[Finding]:
+    from flagscale.chips import CHIPS
+
+    for chip in CHIPS:
+        if chip.discovery is None:
+            yield Finding("chips", chip.name, f"always there; device_type: {chip.aliases[0]}")
+        else:
+            yield Finding("chips", chip.name, _count_devices(chip.discovery))
+
+
+def _count_devices(tool: str) -> str | None:
+    program = shutil.which(tool)
+    if program is None:
+        return None
+    try:
+        listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program} does not answer: {error}"
+    devices = [line for line in listed.stdout.splitlines() if line.strip()]
+    return f"{len(devices)} devices, says {program}" if listed.returncode == 0 else f"{program} finds no device"
+
+
+def _training() -> Iterator[Finding]:
+    yield _package("train", "torch", "install the build for your chips: https://pytorch.org/get-started/locally")
+    for name in ("numpy", "psutil", "pybind11", "matplotlib"):
+        yield _package("train", name, 'pip install -e ".[train]"')
+    yield _source("Megatron-LM", "megatron")
+    yield _program("train", "g++", "apt-get install g++ (without it a prebuilt module is used where there is one)")
+
+
+def _source(folder: str, backend: str) -> Finding:
+    from flagscale.patch.source import load_pin, source_status
+
+    pin = load_pin(env.root_dir() / "third_party" / folder / "pin.yaml")
+    status = source_status(pin, env.source_dir(folder))
+    remedy = f"flagscale source fetch {backend}"
+    match status.state:
+        case "ready":
+            return Finding("train", folder, f"{pin.version}, as pinned")
+        case "drifted":
+            changed = f"{len(status.changed)} files differ from the pin"
+            return Finding("train", folder, f"{pin.version}, {changed}", f"{remedy} --replace")
+        case _:
+            return Finding("train", folder, None, remedy)
+
+
+def _serving() -> Iterator[Finding]:
+    yield _package("serve", "vllm", "pip install vllm (https://docs.vllm.ai has the build for your chips)")
+    yield _package("serve", "sglang", "pip install sglang (https://docs.sglang.ai)")
+    server = env.root_dir() / "third_party" / "llama.cpp" / "build" / "bin" / "llama-server"
+    found = str(server) if server.is_file() else None
+    yield Finding("serve", "llama.cpp", found, None if found else f"build llama-server into {server.parent}")
+    yield _package("serve", "ray", 'pip install -e ".[ray]"')
+    yield _package("rl", "verl", "pip install verl")
+
+
+def find_all() -> tuple[Finding, ...]:
+    needed = (
+        _package("launcher", name, "pip install -e .", needed=True)
+        for name in ("hydra-core", "omegaconf", "pydantic", "rich")
+    )
+    return (*_machine(), *needed, *_chips(), *_training(), *_serving())
+
+
+def _print_table(findings: tuple[Finding, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDE)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "what", "found", "how to get it"):
+        table.add_column(title, overflow="fold")
+    group = ""
+    for row in findings:
+        head, group = ("" if row.group == group else row.group), row.group
+        found = Text(row.found) if row.found else Text("missing", style="red" if row.needed else "yellow")
+        table.add_row(Text(head, style="bold"), row.name, found, Text(row.remedy or ""))
+    console.print(table)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="flagscale doctor",
+        description="Say what this machine has, what is missing, and how to get it. "
+        "The exit code is 1 if something is missing that every job needs.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    findings = find_all()
+    if args.json:
+        print(json.dumps({"findings": [asdict(row) for row in findings]}, indent=2))
+    else:
+        _print_table(findings)
+    return 1 if any(row.needed and row.found is None for row in findings) else 0

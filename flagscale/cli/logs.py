@@ -1,0 +1,30 @@
+"""`flagscale logs`: what a run printed, or goes on printing."""
+
+import argparse
+import sys
+
+SUMMARY = "print or follow what a run prints"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="flagscale logs", description=SUMMARY)
+    parser.add_argument(
+        "run", nargs="?", help="run id or its beginning, or an experiment folder (default: the newest run)"
+    )
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+    parser.add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+    parser.add_argument("--rank", type=int, help="only this rank, from torchrun's own files")
+    args = parser.parse_args(argv)
+    if args.lines is not None and args.lines < 0:
+        parser.error(f"--lines {args.lines}: expected 0 or more")
+
+    from flagscale.runner.monitor.logs import print_logs
+    from flagscale.runner.monitor.runs import load_run
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        if args.follow:
+            sys.stdout.flush()
+
+    print_logs(load_run(args.run), write, rank=args.rank, num_lines=args.lines, follow=args.follow)
+    return 0
