@@ -174,9 +174,8 @@ class Catalogue:
     def find_nearest(self, key: str) -> str | None:
         """The name that `key` was most likely meant to be, written with hyphens where `key` is."""
         spelled = spell(key)
-        nearest = find_nearest(spelled, self.names()) or next(
-            (name for name in self.names() if _is_one_edit(spelled, name)), None
-        )
+        near = next((name for name in self.names() if _is_one_edit(spelled, name)), None)
+        nearest = near or find_nearest(spelled, self.names())
         return nearest.replace("_", "-") if nearest and "-" in key and "_" not in key else nearest
 
     def check(self, key: str, value: Any, path: str) -> Fault | None:
