@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="`key=value`, `+new=value`, `~gone`")
     parser.add_argument("--task", default="train", help="which YAML of the example (default: train)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     job = plan(compose(args.config, args.task, args.overrides))
     from flagscale.runner.launch.dry import describe_plan, render_dry_run
 

@@ -22,25 +22,27 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--task", default="train", help="which YAML of the example (default: train)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     keys = [word for word in args.rest if "=" not in word and not word.startswith("~")]
     overrides = [word for word in args.rest if word not in keys]
     composed = compose(args.config, args.task, overrides)
     assert composed.find_origins is not None
     origins = composed.find_origins()
-    from flagscale.runner.config.secrets import find_secrets, mask_secrets
+    from flagscale.runner.config.load import hidden_values
+    from flagscale.runner.config.secrets import mask_secrets, mask_text
 
-    _, hidden, _ = find_secrets(composed.values, composed.environment)
+    hidden = hidden_values(composed)
     leaves = dict(_leaves(mask_secrets(composed.values, hidden), ""))
     rows = []
     for key in keys or [""]:
         found = {path: value for path, value in leaves.items() if not key or path == key or path.startswith(key + ".")}
         if not found:
-            near = find_nearest(key, {part for path in leaves for part in _prefixes(path)})
+            near = find_nearest(key, dict.fromkeys(part for path in leaves for part in _prefixes(path)))
             raise UserError(f"{key}: there is no such key" + (f"; did you mean `{near}`?" if near else ""))
-        rows += [(path, value, origins.get(path)) for path, value in found.items()]
+        for path, value in found.items():
+            rows.append((path, value, [mask_text(place, hidden) for place in origins.get(path)]))
     if args.json:
-        print(json.dumps({path: {"value": value, "set_by": list(places)} for path, value, places in rows}, indent=2))
+        print(json.dumps({path: {"value": value, "set_by": places} for path, value, places in rows}, indent=2))
         return 0
     for path, value, places in rows:
         print(f"{path}: {json.dumps(value, ensure_ascii=False)}")

@@ -1,7 +1,10 @@
-"""What stands around Hydra's main: its errors in our voice, its dump without secrets, the job's exit code.
+"""What stands around Hydra's main: its errors in our voice, its record without secrets, the job's exit code.
 
-Hydra's own dump of the configuration is switched off, since it would hold secrets given on the command line; the same
-three files are written here with the secrets masked.
+Hydra's main makes its run folder before anybody has looked at the configuration, so that even a dry run or a misspelt
+action leaves one behind. An ordinary command line is therefore composed and acted on here; what Hydra alone can do
+(`--cfg`, `--help`, `--multirun`, callbacks of a configuration, ..) goes to its main. Its record of the configuration
+(`<hydra.run.dir>/.hydra/*.yaml`) would hold secrets given on the command line: it is switched off, and the same files
+are written here, masked, once a job was handed over.
 """
 
 import os
@@ -11,17 +14,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagscale.cli.jobs import act
-from flagscale.cli.voice import guard
+from flagscale.cli.voice import guard, warn
+from flagscale.errors import ConfigError, Fault, FlagScaleError, UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from omegaconf import DictConfig
+
+    from flagscale.runner.config.compose import Composed
+    from flagscale.runner.launch.files import NewFile
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 NO_DUMP = "hydra.output_subdir=null"
+OF_HYDRA = ("help", "hydra_help", "cfg", "multirun", "shell_completion", "experimental_rerun", "info", "config_dir")
+"""options that only Hydra's own main serves"""
 
 
 def run_hydra(main: Callable[[], Any]) -> int:
-    """Call a function that `hydra.main` decorates; returns the exit code of what it did."""
+    """Do what the command line says; `main` is a function that `hydra.main` decorates. Returns the exit code."""
+    from hydra._internal.utils import get_args_parser
+
+    words = get_args_parser().parse_args(sys.argv[1:])
+    if not any(getattr(words, option) for option in OF_HYDRA):
+        code: list[int] = []
+        failed = guard(lambda: _act_here(words, code))
+        if failed or code:
+            return failed or code[0]
+    return _run_main(main)
+
+
+def _act_here(words: "Namespace", code: list[int]) -> int:
+    """Compose and act; `code` stays empty where the configuration asks for what only Hydra's main can do."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from flagscale.runner.config.compose import compose_config
+
+    if not words.config_path:
+        raise UserError("--config-path is missing: the folder of the experiment YAML, relative to this script")
+    composed = compose_config(_config_dir_of(words), words.config_name or "config", words.overrides)
+    hydra = HydraConfig.get()
+    if hydra.mode is RunMode.MULTIRUN or hydra.callbacks or hydra.job.chdir or hydra.job.env_set:
+        return 0
+    code.append(act(composed, command=["python", *sys.argv], record=_plan_record(composed)))
+    return code[0]
+
+
+def _run_main(main: Callable[[], Any]) -> int:
     exit_codes: list[int] = []
     _EXIT_CODES[:] = [exit_codes]
     wants_traceback = os.environ.get(FULL_ERROR) == "1"
@@ -38,18 +78,18 @@ _EXIT_CODES: list[list[int]] = []
 
 
 def _translate(main: Callable[[], Any], exit_codes: list[int]) -> int:
+    from hydra._internal.utils import get_args_parser
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from flagscale.errors import UserError
     from flagscale.runner.config.compose import translate_error
 
     try:
         main()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        _report_all_faults(sys.argv)
-        raise translate_error(error, _config_dir_of(sys.argv)) from error
+        words = get_args_parser().parse_args(sys.argv[1:])
+        raise translate_error(error, _config_dir_of(words), words.overrides) from error
     except OSError as error:
         if error.filename is None:
             raise
@@ -65,38 +105,63 @@ def act_composed(config: "DictConfig") -> None:
     from flagscale.runner.config.compose import read_composed
 
     hydra = HydraConfig.get()
-    config_dir = next(
-        Path(source.path) for source in hydra.runtime.config_sources if source.provider in ("main", "command-line")
-    )
+    sources = (source for source in hydra.runtime.config_sources if source.provider in ("main", "command-line"))
+    config_dir = Path(next(sources).path)
     overrides = OmegaConf.to_container(hydra.overrides.task)
     assert isinstance(overrides, list)
     name, words = str(hydra.job.config_name), [str(word) for word in overrides]
-    _EXIT_CODES[0].append(guard(lambda: act(read_composed(config, config_dir, name, words), command=["python", *sys.argv])))
+
+    def act_on_it() -> int:
+        composed = read_composed(config, config_dir, name, words)
+        return act(composed, command=["python", *sys.argv], record=_plan_record(composed))
+
+    _EXIT_CODES[0].append(guard(act_on_it))
 
 
-def _report_all_faults(argv: list[str]) -> None:
-    """Read the configuration a second time, without Hydra's own section: what stopped Hydra may stem from another fault.
+def _plan_record(composed: "Composed") -> Callable[[], None]:
+    """A call that writes down what Hydra composed, in the folder that Hydra would have used.
 
-    Raises:
-        ConfigError: all that is wrong with the job's own part of it; none is raised where that is sound.
+    It is made for every action and called by those that start a job. Its own failure is only told: the job runs.
     """
-    from hydra._internal.utils import get_args_parser
 
-    from flagscale.runner.config.compose import compose_config
-    from flagscale.runner.config.load import load_config
+    def write() -> None:
+        from flagscale.runner.launch.files import write_all
 
-    words = get_args_parser().parse_args(argv[1:])
-    config_dir = _config_dir_of(argv)
-    if words.config_name and config_dir.is_dir():
-        load_config(compose_config(config_dir, words.config_name, words.overrides), Path.cwd())
+        try:
+            write_all(list(_render_record(composed)))
+        except FlagScaleError as error:
+            warn(f"the job runs, but its configuration could not be recorded: {error}")
+
+    return write
 
 
-def _config_dir_of(argv: list[str]) -> Path:
+def _render_record(composed: "Composed") -> "list[NewFile]":
+    import yaml
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from flagscale.runner.config.load import hidden_values
+    from flagscale.runner.config.secrets import mask_secrets
+    from flagscale.runner.launch.files import NewFile
+
+    whole: Any = HydraConfig.instance().cfg
+    try:
+        made = OmegaConf.select(whole, "hydra.runtime.output_dir", throw_on_missing=False)
+        run_dir = str(made or HydraConfig.get().run.dir)
+    except OmegaConfBaseException as error:
+        raise ConfigError([Fault("hydra.run.dir", str(error).splitlines()[0])]) from error
+    folder = Path.cwd() / run_dir / ".hydra"
+    hidden = hidden_values(composed)
+    trees = {
+        "config": composed.values,
+        "overrides": list(composed.overrides),
+        "hydra": OmegaConf.to_container(whole, resolve=False, enum_to_str=True),
+    }
+    dumped = {name: yaml.safe_dump(mask_secrets(tree, hidden), sort_keys=False) for name, tree in trees.items()}
+    return [NewFile(folder / f"{name}.yaml", text.encode(), 0o600) for name, text in dumped.items()]
+
+
+def _config_dir_of(words: "Namespace") -> Path:
     """The folder that `--config-path` names, relative to the folder of the script, as Hydra has it."""
-    for index, word in enumerate(argv):
-        for flag in ("--config-path", "-cp"):
-            if word == flag and index + 1 < len(argv):
-                return Path(argv[0]).parent / argv[index + 1]
-            if word.startswith(flag + "="):
-                return Path(argv[0]).parent / word.partition("=")[2]
-    return Path(argv[0]).parent
+    return Path(sys.argv[0]).absolute().parent / str(words.config_path or "")

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +79,16 @@ def plan(composed: "Composed") -> Job:
     return Job(config, plan_config(config, this_site()))
 
 
-def act(composed: "Composed", action: str | None = None, command: Sequence[str] = ()) -> int:
-    """Do what the configuration's `action` says, or `action` in its place; returns the exit code."""
+def act(
+    composed: "Composed",
+    action: str | None = None,
+    command: Sequence[str] = (),
+    record: Callable[[], None] | None = None,
+) -> int:
+    """Do what the configuration's `action` says, or `action` in its place; returns the exit code.
+
+    record: called once a job was handed over
+    """
     job = plan(composed)
     match action or job.config.action:
         case "dryrun":
@@ -89,9 +97,9 @@ def act(composed: "Composed", action: str | None = None, command: Sequence[str] 
             print(render_dry_run(job.plan), end="")
             return 0
         case "run":
-            return start(job.plan, job.config.values, command, foreground=job.plan.foreground)
+            return start(job.plan, job.config.values, command, foreground=job.plan.foreground, record=record)
         case "test":
-            return start(job.plan, job.config.values, command, foreground=True)
+            return start(job.plan, job.config.values, command, foreground=True, record=record)
         case "stop":
             from flagscale.cli.stop import main as stop
 
@@ -103,12 +111,24 @@ def act(composed: "Composed", action: str | None = None, command: Sequence[str] 
     raise UserError(f"action: this release has no tuner, so `{action or job.config.action}` cannot be done")
 
 
-def start(job: "JobPlan", values: Mapping[str, Any], command: Sequence[str], *, foreground: bool) -> int:
+def start(
+    job: "JobPlan",
+    values: Mapping[str, Any],
+    command: Sequence[str],
+    *,
+    foreground: bool,
+    record: Callable[[], None] | None = None,
+) -> int:
     """Start a job here, wait until it is up, and stay with it to its end where `foreground` says so."""
     import gc
 
-    from flagscale.runner.launch.local import start_job, wait_job
+    from flagscale.runner.launch.local import submit_job
+    from flagscale.runner.launch.startup import wait_until_up
+    from flagscale.runner.monitor.follow import wait_job
 
     gc.enable()
-    run = start_job(job, config=dict(values), command=list(command), env=dict(os.environ))
+    run = submit_job(job, config=dict(values), command=list(command), env=dict(os.environ))
+    if record is not None:
+        record()
+    wait_until_up(run, job, foreground)
     return wait_job(run) if foreground else 0

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--task", default="train", help="which YAML of the example: train, serve, .. (default: train)")
     parser.add_argument("--foreground", action="store_true", help="stay attached and return the job's exit code")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config, overrides = args.model, list(args.rest)
     if overrides and "=" not in overrides[0] and not overrides[0].startswith("~"):
         config = overrides.pop(0)

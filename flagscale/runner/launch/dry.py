@@ -38,8 +38,8 @@ def _describe_process(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> di
 def render_dry_run(plan: JobPlan) -> str:
     """What would run, for people: one block a host."""
     ranks = f", {plan.num_ranks} ranks" if plan.num_ranks else ""
-    lines = [f"# {plan.exp_name or plan.task}: {plan.task} with {plan.backend} on {len(plan.hosts)} host(s){ranks}"]
-    lines += [f"# outputs: {plan.exp_dir}"]
+    head = f"# {plan.exp_name or plan.task}: {plan.task} with {plan.backend} on {len(plan.hosts)} host(s){ranks}"
+    lines = [head.replace("\n", " "), f"# outputs: {plan.exp_dir}".replace("\n", " ")]
     for host in plan.hosts:
         for process in host.processes:
             lines += ["", f"# ==== {host.label}: {process.name}", "# environment"]

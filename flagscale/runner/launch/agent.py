@@ -1,0 +1,394 @@
+"""What starts a job's processes on one host, watches them, and ends exactly what it started: standard library only.
+
+Run from its archive (`archive.build_archive`, one file that any Python 3.11 runs) as `python -I agent.pyz <spec.json>`,
+it reads one line of secrets (a JSON object) from standard input, leaves its terminal, prints one line of JSON once the
+job's processes are started, and works on in the background as two processes:
+
+    guard ── agent ── bash <script> ── torchrun ── ranks ...
+      └── whatever the agent leaves behind, if it dies
+
+Both are subreapers, so that a process which forks twice still comes back to them. If the agent dies, the guard ends
+the job and says so; if the guard dies, the agent does. If both are killed at one stroke, the top processes get SIGTERM
+from the kernel, and what still lives can be found by its token (`procs.end_leftovers`).
+
+SIGTERM asks for a stop: SIGTERM to all that is ours, SIGKILL after the grace; SIGUSR1 asks for it without the grace.
+
+The trade-off: one loop, one thread and blocked signals that are waited for, so nothing here can interrupt anything
+else. The price is that a rank's end is learned from torchrun, which waited for it, and not from the kernel.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flagscale.runner.launch import procs
+from flagscale.runner.launch.journal import Entry, Journal, Outcome, Spec, find_failures, load_spec, write_small
+
+RANK_DIR = "FLAGSCALE_RANK_DIR"
+"""The same name as `flagscale.env.RANK_DIR`, which this file must not import."""
+UP_AFTER_S = 3.0
+"""A rank that does not announce itself, or a program without ranks, counts as up once it has lived this long."""
+AFTER_STOP_LIMIT_S = 300.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+TAIL_BYTES = 1 << 18
+
+
+@dataclass(slots=True)
+class Top:
+    """A process that we started ourselves, and what is known of its ranks."""
+
+    entry: Entry
+    pid: int
+    since: float
+    is_up: bool = False
+    ranks: dict[int, procs.Proc] = field(default_factory=dict)
+    seen: dict[int, float] = field(default_factory=dict)
+    up: set[int] = field(default_factory=set)
+
+    @property
+    def is_settled(self) -> bool:
+        return self.is_up and len(self.up) >= self.entry.num_ranks
+
+
+@dataclass(slots=True)
+class Ending:
+    """Why the job is being ended, and how far that is."""
+
+    outcome: Outcome
+    reason: str | None
+    deadline: float
+    told: set[procs.Proc] = field(default_factory=set)
+
+
+class Watch:
+    """Owns the job's processes on this host: the agent's loop, and the guard's once the agent is lost."""
+
+    def __init__(self, spec: Spec, secrets: dict[str, str], agent_pid: int, guard_pid: int | None) -> None:
+        self.spec = spec
+        self.env = {**os.environ, **secrets, procs.TOKEN: spec.token, RANK_DIR: spec.rank_dir}
+        self.journal = Journal(spec.events, spec.label)
+        self.output = os.open(spec.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.output_start = os.fstat(self.output).st_size
+        self.started = time.time()
+        self.tops: dict[int, Top] = {}
+        self.ending: Ending | None = None
+        self.exit_code: int | None = 0
+        self.first_rank: int | None = None
+        self.source: str | None = None
+        self.next_look = 0.0
+        self.next_beat = 0.0
+        self.agent_pid = agent_pid
+        self.guard_pid = guard_pid
+
+    def start(self) -> None:
+        self.journal.keep_reserve()
+        agent, guard = procs.find_proc(self.agent_pid), procs.find_proc(self.guard_pid or 0)
+        self.journal.write(
+            "agent_started",
+            pid=self.agent_pid,
+            start_time=agent.start_time if agent else None,
+            guard=self.guard_pid,
+            guard_start_time=guard.start_time if guard else None,
+            machine=procs.name_machine(),
+            hostname=socket.gethostname(),
+            output_start=self.output_start,
+        )
+        write_small(self.spec.pid_file, f"{os.getpid()}\n")
+        for entry in self.spec.processes:
+            # A rank is known by RANK in its environment, so torchrun itself must not inherit one from an outer job.
+            env = {name: value for name, value in self.env.items() if name not in ("RANK", "LOCAL_RANK")}
+            pid = procs.spawn(["bash", entry.script], env if entry.num_ranks else self.env, "/", self.output)
+            proc = procs.find_proc(pid)
+            self.tops[pid] = Top(entry, pid, time.monotonic())
+            start_time = proc.start_time if proc else None
+            self.journal.write("process_started", name=entry.name, pid=pid, start_time=start_time)
+
+    def run(self) -> None:
+        """Until nothing of ours is left; writes the last event."""
+        while True:
+            self.wait_signal()
+            self.reap()
+            if self.guard_pid is not None and os.getppid() != self.guard_pid:
+                self.guard_pid = None
+                self.end("lost", "the agent's guard was killed; the agent ended the job")
+            if self.ending is None and not self.tops:
+                self.end("succeeded", None)
+            if self.ending is None:
+                self.look()
+            elif not self.end_step() and not self.tops:
+                break
+            self.beat()
+        self.finish(self.ending)
+
+    def wait_signal(self) -> None:
+        is_busy = any(not top.is_settled for top in self.tops.values())
+        wait_s = 0.1 if self.ending else 0.3 if is_busy else min(1.0, self.spec.heartbeat_s)
+        info = signal.sigtimedwait(SIGNALS, wait_s)
+        if info is None or info.si_signo in (signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR2):
+            return
+        is_forced = info.si_signo == signal.SIGUSR1
+        if self.ending is None or is_forced:
+            by = f"{procs.signal_name(info.si_signo)} from process {info.si_pid}"
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                by = str(json.loads(Path(self.spec.stop_request).read_text())["by"])
+            self.end("stopped", f"stopped by {by}")
+        if is_forced and self.ending:
+            self.ending.deadline = 0.0
+
+    def end(self, outcome: Outcome, reason: str | None) -> None:
+        if outcome != "succeeded":
+            self.journal.write("stopping", outcome=outcome, by=reason)
+        if self.ending is None:
+            self.ending = Ending(outcome, reason, time.monotonic() + self.spec.grace_s)
+        elif outcome == "lost":
+            self.ending.outcome, self.ending.reason = outcome, reason
+
+    def end_step(self) -> bool:
+        """Tell what is new to end, end what is late; True while anything of ours lives."""
+        ending = self.ending
+        left = procs.find_ours(self.spec.token, os.getpid())
+        if ending is not None:
+            is_late = time.monotonic() >= ending.deadline
+            for proc in left:
+                if is_late or proc not in ending.told:
+                    procs.send_signal(proc, signal.SIGKILL if is_late else signal.SIGTERM)
+            ending.told.update(left)
+        return bool(left)
+
+    def reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                if top := self.tops.pop(pid, None):
+                    self.note_exit(top, status)
+
+    def note_exit(self, top: Top, status: int) -> None:
+        result = procs.split_status(status)
+        is_good = result["exit_code"] == 0
+        ranks = range(top.entry.first_rank, top.entry.first_rank + top.entry.num_ranks)
+        failures: list[dict[str, Any]] = []
+        if is_good:
+            for local_rank, rank in enumerate(ranks):
+                self.journal.write("rank_exited", rank=rank, local_rank=local_rank, exit_code=0, signal=None)
+        elif top.entry.num_ranks:
+            failures = find_failures(self.read_tail())
+            for failure in failures:
+                self.journal.write("rank_exited", **failure)
+        self.journal.write("process_exited", name=top.entry.name, **result)
+        if not is_good and self.ending is None:
+            self.note_failure(top, result, failures)
+
+    def note_failure(self, top: Top, result: dict[str, int | str | None], failures: list[dict[str, Any]]) -> None:
+        code, name = result["exit_code"], result["signal"]
+        self.exit_code = code if isinstance(code, int) else 128 + getattr(signal, str(name), 0)
+        reason = f"{top.entry.name} ended with exit code {code}" if name is None else f"{top.entry.name} died of {name}"
+        if failures:
+            first = failures[0]
+            self.first_rank = first["rank"]
+            self.source = self.find_rank_log(first["local_rank"])
+            how = f"died of {first['signal']}" if first["signal"] else f"ended with exit code {first['exit_code']}"
+            reason = f"rank {first['rank']} {how}"
+        self.source = self.source or self.spec.output
+        self.end("failed", reason)
+
+    def read_tail(self) -> str:
+        with contextlib.suppress(OSError), Path(self.spec.output).open("rb") as file:
+            file.seek(max(self.output_start, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+        return ""
+
+    def find_rank_log(self, local_rank: int) -> str | None:
+        """torchrun's own copy of what the rank wrote in this run, the stream for errors where it holds any."""
+        for stream in ("stderr.log", "stdout.log"):
+            found: list[tuple[float, str]] = []
+            for path in Path(self.spec.details_dir).glob(f"**/attempt_*/{local_rank}/{stream}"):
+                with contextlib.suppress(OSError):
+                    stat = path.stat()
+                    if stat.st_size and stat.st_mtime >= self.started - 1:
+                        found.append((stat.st_mtime, str(path)))
+            if found:
+                return max(found)[1]
+        return None
+
+    def look(self) -> None:
+        """Find ranks by the environment that torchrun gave them, and note who is up."""
+        is_busy = any(not top.is_settled for top in self.tops.values())
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        self.next_look = now + (0.3 if is_busy else self.spec.heartbeat_s)
+        table = procs.list_procs() if any(top.entry.num_ranks for top in self.tops.values()) else {}
+        for top in self.tops.values():
+            self.find_ranks(top, table, now)
+            for rank in sorted(set(top.ranks) - top.up):
+                if self.is_rank_up(top, rank, now):
+                    top.up.add(rank)
+                    self.journal.write("rank_up", rank=rank)
+            if not top.is_up and now - top.since >= UP_AFTER_S:
+                top.is_up = True
+                self.journal.write("process_up", name=top.entry.name)
+
+    def find_ranks(self, top: Top, table: dict[int, procs.Proc], now: float) -> None:
+        expected = range(top.entry.first_rank, top.entry.first_rank + top.entry.num_ranks)
+        alive = set(table.values())
+        if all(top.ranks.get(rank) in alive for rank in expected):
+            return
+        environs = {pid: procs.read_environ(pid) for pid in procs.find_descendants(top.pid, table)}
+        for pid, environ in sorted(environs.items()):
+            number, local = environ.get("RANK", ""), environ.get("LOCAL_RANK", "")
+            if not (number.isdigit() and local.isdigit()) or int(number) not in expected:
+                continue
+            parent = environs.get(table[pid].ppid, {})
+            rank, proc = int(number), table[pid]
+            if parent.get("RANK") == number or proc.is_zombie or top.ranks.get(rank) == proc:
+                continue
+            top.ranks[rank], top.seen[rank] = proc, now
+            top.up.discard(rank)
+            self.journal.write(
+                "rank_started",
+                rank=rank,
+                local_rank=int(local),
+                pid=pid,
+                start_time=proc.start_time,
+                process=top.entry.name,
+            )
+
+    def is_rank_up(self, top: Top, rank: int, now: float) -> bool:
+        if top.entry.announces:
+            return Path(self.spec.rank_dir, f"rank_{rank}.up").exists()
+        proc = top.ranks[rank]
+        return now - top.seen[rank] >= UP_AFTER_S and procs.is_same_alive(proc.pid, proc.start_time)
+
+    def beat(self) -> None:
+        if time.monotonic() < self.next_beat:
+            return
+        self.next_beat = time.monotonic() + self.spec.heartbeat_s
+        self.journal.flush()
+        write_small(self.spec.heartbeat, json.dumps({"time": time.time(), "pid": os.getpid()}))
+
+    def finish(self, ending: Ending | None) -> None:
+        self.run_after_stop()
+        self.reap()
+        outcome = ending.outcome if ending else "succeeded"
+        exit_code = {"stopped": 128 + signal.SIGTERM, "lost": None}.get(outcome, self.exit_code)
+        with contextlib.suppress(OSError, ValueError):
+            if int(Path(self.spec.pid_file).read_text()) == self.agent_pid:
+                Path(self.spec.pid_file).unlink()
+        self.journal.write(
+            "job_ended",
+            outcome=outcome,
+            exit_code=exit_code,
+            first_rank=self.first_rank,
+            source=self.source,
+            reason=ending.reason if ending else None,
+            output_end=os.fstat(self.output).st_size,
+        )
+        self.journal.close()
+
+    def run_after_stop(self) -> None:
+        """The user's `cmds.after_stop`, once, when all else has ended; what it leaves running is ended too."""
+        if self.spec.after_stop is None or self.journal.holds("after_stop_started"):
+            return
+        self.journal.write("after_stop_started")
+        pid = procs.spawn(["bash", "-c", self.spec.after_stop], self.env, self.spec.cwd, self.output)
+        deadline = time.monotonic() + AFTER_STOP_LIMIT_S
+        status: int | None = None
+        while status is None and time.monotonic() < deadline:
+            signal.sigtimedwait([signal.SIGCHLD], 0.2)
+            with contextlib.suppress(ChildProcessError):
+                done, code = os.waitpid(pid, os.WNOHANG)
+                status = code if done else None
+        self.ending = Ending("stopped", None, 0.0)
+        while self.end_step():
+            time.sleep(0.05)
+        self.reap()
+        result = procs.split_status(status) if status is not None else {"exit_code": None, "signal": "SIGKILL"}
+        self.journal.write("after_stop", **result)
+
+
+def guard(spec: Spec, secrets: dict[str, str], ready: int) -> None:
+    """Wait for the agent, pass on what is asked of it, and take its place if it dies."""
+    procs.set_process_option(procs.PR_SET_CHILD_SUBREAPER, 1)
+    guard_pid = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(run_agent(spec, secrets, ready, guard_pid))
+    os.close(ready)
+    while True:
+        info = signal.sigtimedwait(SIGNALS, 5.0)
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        if info and info.si_signo in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(pid, info.si_signo)  # its number cannot have passed on: we have not waited for it
+    if status != 0:
+        watch = Watch(spec, secrets, pid, None)
+        result = procs.split_status(status)
+        how = f"was killed by {result['signal']}" if result["signal"] else f"failed, see {spec.agent_log}"
+        watch.end("lost", f"the agent (process {pid}) {how}; its guard ended the job")
+        watch.run()
+
+
+def run_agent(spec: Spec, secrets: dict[str, str], ready: int, guard_pid: int) -> int:
+    try:
+        procs.set_process_option(procs.PR_SET_CHILD_SUBREAPER, 1)
+        procs.set_process_option(procs.PR_SET_PDEATHSIG, signal.SIGUSR2)
+        watch = Watch(spec, secrets, os.getpid(), guard_pid)
+        watch.start()
+        with contextlib.suppress(OSError):  # who asked may have been killed meanwhile; the job runs on
+            os.write(ready, json.dumps({"agent": os.getpid(), "guard": guard_pid}).encode() + b"\n")
+        os.close(ready)
+        watch.run()
+    except Exception:  # whatever it was, the guard must learn of it by the exit code, and a person by the log
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def leave_terminal(spec: Spec) -> None:
+    """A session of our own, and no descriptor shared with whoever started us."""
+    os.setsid()
+    log = os.open(spec.agent_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir("/")
+
+
+def main(argv: list[str]) -> int:
+    spec = load_spec(Path(argv[1]))
+    secrets: dict[str, str] = json.loads(sys.stdin.readline() or "{}")
+    os.environ.pop(procs.TOKEN, None)  # that of an outer job, if this one is started from within it
+    told, ready = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if os.fork() == 0:
+        try:
+            os.close(told)
+            leave_terminal(spec)
+            guard(spec, secrets, ready)
+        except Exception:  # nobody is left to raise to
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(ready)
+    with os.fdopen(told, "rb") as file:
+        line = file.readline()
+    if not line:
+        sys.stderr.write(f"the agent of {spec.label} did not start; see {spec.agent_log}\n")
+        return 1
+    sys.stdout.write(line.decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,115 @@
+"""What can be found wrong before anything is written: hosts, secrets, programs, ports."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from flagscale.errors import LaunchError, UserError, find_nearest
+from flagscale.runner.launch.ports import find_free_port, find_port_owner, is_port_free
+from flagscale.runner.plan.job import JobPlan, ProcessSpec
+
+
+def check_local(plan: JobPlan) -> None:
+    """
+    Raises:
+        LaunchError: the plan names hosts that are not this machine.
+    """
+    remote = [host.host.name for host in plan.hosts if not host.host.is_local]
+    if remote:
+        raise LaunchError(
+            f"this plan runs on {len(remote)} other machine{'s' * (len(remote) > 1)} ({', '.join(remote)}), and only "
+            "this one (localhost) can be started here; remove `experiment.runner.hostfile`, or list `localhost` in it"
+        )
+
+
+def gather_secrets(plan: JobPlan, env: Mapping[str, str]) -> dict[str, str]:
+    """The values of the plan's secrets, under their names in the job and in `env`.
+
+    Raises:
+        UserError: some are not set.
+    """
+    missing = [source for _, source in plan.secrets if source not in env]
+    if missing:
+        raise UserError(
+            f"`experiment.secrets`: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set in this "
+            f"environment; expected e.g. `export {missing[0]}=…` before the launch"
+        )
+    under_source = {source: env[source] for _, source in plan.secrets}
+    return {**under_source, **{name: env[source] for name, source in plan.secrets}}
+
+
+def _search_path(process: ProcessSpec, env: Mapping[str, str]) -> str:
+    return os.pathsep.join((*process.bin_dirs, env.get("PATH", os.defpath)))
+
+
+def _find_faults(process: ProcessSpec, env: Mapping[str, str], made: set[str]) -> Iterator[str]:
+    cwd = Path(process.cwd)
+    if not cwd.is_dir():
+        if process.cwd not in made:
+            yield f"its working folder {cwd} is missing"
+        return
+    words = [str(word) for word in process.argv]
+    program = shutil.which(words[0], path=_search_path(process, env)) if "/" not in words[0] else str(cwd / words[0])
+    if program is None:
+        yield f"program `{words[0]}` is not on the PATH"
+        return
+    if not os.access(program, os.X_OK):
+        yield f"program {program} is missing or may not be executed"
+    if program == sys.executable and words[1:2] == ["-m"] and importlib.util.find_spec(words[2].split(".")[0]) is None:
+        yield f"module `{words[2].split('.')[0]}` is not installed for {program}"
+    if process.entrypoint and not (cwd / process.entrypoint).is_file():
+        path = cwd / process.entrypoint
+        near = find_nearest(path.name, [entry.name for entry in path.parent.glob("*.py")])
+        yield f"entry point {path} is missing" + (f"; did you mean `{path.with_name(near)}`?" if near else "")
+
+
+def check_programs(plan: JobPlan, env: Mapping[str, str]) -> None:
+    """
+    Raises:
+        UserError: every interpreter, module and entry point that is not there, all at once.
+    """
+    faults: list[str] = []
+    for host in plan.hosts:
+        made = {*host.make_dirs, *(str(Path(path).parent) for path, _ in host.files)}
+        written = {path for path, _ in host.files}
+        for process in host.processes:
+            for fault in _find_faults(process, env, made):
+                if host.before_start is None and not any(path in fault for path in written):
+                    faults.append(f"{process.name} on {host.host.name}: {fault}")
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+
+
+def check_outputs(plan: JobPlan) -> None:
+    """
+    Raises:
+        UserError: an output file that earlier runs wrote cannot be appended to.
+    """
+    for host in plan.hosts:
+        path = Path(plan.log_dir, f"{host.label}.output")
+        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise UserError(f"cannot write {path}; expected a file that you may append to, or none")
+
+
+def choose_port(plan: JobPlan) -> int:
+    """The plan's master port, or a free one.
+
+    Raises:
+        LaunchError: the plan's port is taken, or none is free.
+    """
+    if plan.master_port is None:
+        port = find_free_port()
+        if port is None:
+            raise LaunchError("no free port was found on this machine; set `experiment.runner.master_port`")
+        return port
+    if not is_port_free(plan.master_port):
+        owner = find_port_owner(plan.master_port)
+        raise LaunchError(
+            f"port {plan.master_port} (`experiment.runner.master_port`) is taken"
+            + (f" by {owner}" if owner else "")
+            + "; choose another, or leave it out and a free one is chosen"
+        )
+    return plan.master_port

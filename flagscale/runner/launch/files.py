@@ -1,0 +1,114 @@
+"""Writing a set of files whole: all of them, or none and nothing left behind.
+
+Every file is first written beside its place, down to the disk, and only when all are there are they renamed. A full
+disk or a folder that cannot be written is met in the first half, where undoing is deleting what is new.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flagscale.errors import FlagScaleError, LaunchError, UserError
+
+_OUR_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """mode: as of chmod."""
+
+    path: Path
+    content: bytes
+    mode: int = 0o644
+
+
+def explain_os_error(path: Path, error: OSError) -> FlagScaleError:
+    """What the user can do about a path that could not be written."""
+    if error.errno in _OUR_FAULTS:
+        return LaunchError(
+            f"cannot write {path}: {os.strerror(error.errno or 0)}; nothing was started, nothing was left"
+        )
+    blocker = next((folder for folder in (path, *path.parents) if folder.exists() and not folder.is_dir()), None)
+    if blocker is not None and error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"cannot write {path}: {blocker} is a file; expected a folder")
+    return UserError(f"cannot write {path}: {error.strerror or error}; expected a folder that you may write")
+
+
+def make_folder(path: Path, mode: int = 0o777) -> list[Path]:
+    """Make `path` and its parents; returns the folders that are new, outermost first.
+
+    Raises:
+        UserError, LaunchError: naming the path.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=mode)
+                made.append(folder)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    except OSError as error:
+        remove_folders(made)
+        raise explain_os_error(path, error) from None
+    return made
+
+
+def remove_folders(folders: Sequence[Path]) -> None:
+    """Remove those that are empty, innermost first."""
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _write_draft(file: NewFile, draft: Path) -> None:
+    if file.path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file.path))
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, file.mode)
+    with os.fdopen(fd, "wb") as out:
+        out.write(file.content)
+        out.flush()
+        os.fchmod(fd, file.mode)
+        os.fsync(fd)
+
+
+def write_all(files: Sequence[NewFile], folders: Sequence[Path] = ()) -> None:
+    """Write every file and make every folder, or nothing.
+
+    Raises:
+        UserError: a path cannot be written by this user, or a file stands where a folder should.
+        LaunchError: the disk is full.
+    """
+    made: list[Path] = []
+    drafts: list[Path] = []
+    new: list[Path] = []
+
+    def undo() -> None:
+        for path in (*drafts, *new):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        remove_folders(made)
+
+    current = Path()
+    try:
+        for folder in (*(file.path.parent for file in files), *folders):
+            made += make_folder(folder)
+        for file in files:
+            current = file.path
+            drafts.append(file.path.with_name(f".{file.path.name}.{os.getpid()}.new"))
+            _write_draft(file, drafts[-1])
+        for file, draft in zip(files, drafts, strict=True):
+            current = file.path
+            if not file.path.exists():
+                new.append(file.path)
+            draft.replace(file.path)
+    except OSError as error:
+        undo()
+        raise explain_os_error(current, error) from None
+    except FlagScaleError:
+        undo()
+        raise

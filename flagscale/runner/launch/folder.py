@@ -1,0 +1,312 @@
+"""The folders of a run: what it was made of, written before anything starts, and where everything is found later.
+
+    <log_dir>/scripts/<label>_run.sh  pids/<label>.pid  details/<label>/...  <label>.output      the contract's names
+    <exp_dir>/runs/<run_id>/job.json  agent.pyz  <label>.{spec.json,events.jsonl,heartbeat,agent.log}  ranks/  stop.json
+    <exp_dir>/runs/{current,lock}                              the newest run; held while a launch looks and writes
+    <state dir>/runs/<run_id>.json                             the list of runs: where each folder is
+
+A run's own folder holds everything needed to run it again or to tell its state, so a lost list costs only a look-up.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flagscale import env
+from flagscale.errors import LaunchError, RunError
+from flagscale.runner.launch.archive import build_archive
+from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder
+from flagscale.runner.launch.journal import Entry, Spec, load_spec
+from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec, decode_plan, encode_plan
+from flagscale.runner.render.script import render_script
+
+RUN_VERSION = 1
+GIT_LIMIT_S = 2.0
+VERSIONS_OF = ("flagscale", "torch", "megatron-core", "vllm", "sglang", "ray", "hydra-core", "numpy")
+_RUN_ID = re.compile(r"\d{8}T\d{6}-[0-9a-f]{4}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunRef:
+    """A run that was written down. All paths are absolute."""
+
+    run_id: str
+    exp_dir: Path
+    log_dir: Path
+    task: str
+    exp_name: str
+    labels: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.exp_dir, self.run_id)
+
+    @property
+    def job_path(self) -> Path:
+        return self.folder / "job.json"
+
+    def output_path(self, label: str) -> Path:
+        return self.log_dir / f"{label}.output"
+
+    def spec_path(self, label: str) -> Path:
+        return self.folder / f"{label}.spec.json"
+
+    def load_spec(self, label: str) -> Spec:
+        try:
+            return load_spec(self.spec_path(label))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"run {self.run_id} is damaged: cannot read {self.spec_path(label)}: {error}") from None
+
+
+def run_folder(exp_dir: Path, run_id: str) -> Path:
+    return exp_dir / "runs" / run_id
+
+
+def make_run_id(now: datetime) -> str:
+    """UTC time and four random hexadecimal digits: sorts by time, and two launches in one second differ."""
+    return f"{now.astimezone(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+
+
+def is_run_id(text: str) -> bool:
+    return _RUN_ID.fullmatch(text) is not None
+
+
+def index_dir() -> Path:
+    return env.state_dir() / "runs"
+
+
+def ref_of(plan: JobPlan, run_id: str) -> RunRef:
+    labels = tuple(host.label for host in plan.hosts)
+    return RunRef(run_id, Path(plan.exp_dir), Path(plan.log_dir), plan.task, plan.exp_name, labels)
+
+
+def script_path(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> Path:
+    name = host.label if len(host.processes) == 1 else f"{host.label}_{process.name}"
+    return Path(plan.log_dir, "scripts", f"{name}_run.sh")
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: float) -> Spec:
+    folder, log_dir, label = run_folder(Path(plan.exp_dir), run_id), Path(plan.log_dir), host.label
+    entries = (
+        Entry(item.name, str(script_path(plan, host, item)), item.num_ranks, item.first_rank, item.announces)
+        for item in host.processes
+    )
+    return Spec(
+        run_id=run_id,
+        token=token,
+        label=label,
+        node_rank=host.node_rank,
+        processes=tuple(entries),
+        output=str(log_dir / f"{label}.output"),
+        pid_file=str(log_dir / "pids" / f"{label}.pid"),
+        events=str(folder / f"{label}.events.jsonl"),
+        heartbeat=str(folder / f"{label}.heartbeat"),
+        agent_log=str(folder / f"{label}.agent.log"),
+        rank_dir=str(folder / "ranks"),
+        details_dir=str(log_dir / "details" / label),
+        stop_request=str(folder / "stop.json"),
+        cwd=host.processes[0].cwd if host.processes else "/",
+        after_stop=host.after_stop,
+        grace_s=grace_s,
+    )
+
+
+def _run_git(cwd: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *args],
+            cwd=cwd,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            capture_output=True,
+            text=True,
+            timeout=GIT_LIMIT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def query_git(cwd: Path) -> dict[str, Any] | None:
+    """Commit and whether tracked files differ from it; None outside a checkout, or where git takes too long."""
+    commit = _run_git(cwd, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _run_git(cwd, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "is_dirty": None if changes is None else bool(changes)}
+
+
+def query_environment() -> dict[str, Any]:
+    """What else a later reader needs to know of the machine and the software."""
+    import importlib.metadata
+    import platform
+
+    versions: dict[str, str] = {}
+    for name in VERSIONS_OF:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "hostname": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "num_cpus": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def _as_plain(value: object) -> object:
+    """Read-only mappings as JSON objects, and what JSON does not know as its text."""
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def _as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, default=_as_plain) + "\n").encode()
+
+
+def describe_job(
+    plan: JobPlan, run_id: str, values: Mapping[LaunchName, str], config: Mapping[str, Any], command: Sequence[str]
+) -> dict[str, Any]:
+    """What job.json holds. `config` comes with its secrets masked."""
+    return {
+        "version": RUN_VERSION,
+        "run_id": run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "exp_dir": plan.exp_dir,
+        "log_dir": plan.log_dir,
+        "task": plan.task,
+        "exp_name": plan.exp_name,
+        "labels": [host.label for host in plan.hosts],
+        "cwd": str(Path.cwd()),
+        "command": list(command),
+        "values": dict(values),
+        "git": query_git(Path.cwd()),
+        "environment": query_environment(),
+        "plan": encode_plan(plan),
+        "config": config,
+    }
+
+
+def list_files(
+    plan: JobPlan, run_id: str, values: Mapping[LaunchName, str], job: Mapping[str, Any], grace_s: float
+) -> list[NewFile]:
+    """Every file that a launch writes, the run list's entry included."""
+    exp_dir, token = Path(plan.exp_dir), secrets.token_hex(16)
+    folder = run_folder(exp_dir, run_id)
+    pointer = {"run_id": run_id, "exp_dir": plan.exp_dir, "created": job["created"]}
+    files = [
+        NewFile(folder / "job.json", _as_json(job), 0o600),
+        NewFile(folder / "agent.pyz", build_archive(), 0o600),
+        NewFile(exp_dir / "runs" / "current", f"{run_id}\n".encode()),
+        NewFile(index_dir() / f"{run_id}.json", _as_json(pointer), 0o600),
+    ]
+    for host in plan.hosts:
+        spec = make_spec(plan, host, run_id, token, grace_s)
+        files.append(NewFile(folder / f"{host.label}.spec.json", _as_json(asdict(spec)), 0o600))
+        files += [NewFile(Path(path), content.encode()) for path, content in host.files]
+        for process in host.processes:
+            script = render_script(plan, host, process, values).encode()
+            files.append(NewFile(script_path(plan, host, process), script, 0o700))
+    return files
+
+
+def list_folders(plan: JobPlan, run_id: str) -> list[Path]:
+    log_dir = Path(plan.log_dir)
+    ranks = run_folder(Path(plan.exp_dir), run_id) / "ranks"
+    return [ranks, log_dir / "pids", *(log_dir / "details" / host.label for host in plan.hosts)]
+
+
+@contextlib.contextmanager
+def hold_lock(exp_dir: Path) -> Iterator[None]:
+    """Only one launch at a time looks at an experiment folder and writes into it.
+
+    Raises:
+        LaunchError: another launch is at it.
+    """
+    path = exp_dir / "runs" / "lock"
+    make_folder(path.parent)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise explain_os_error(path, error) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise LaunchError(
+            f"another launch is writing into {exp_dir} at this moment; try again when it is done"
+        ) from None
+    finally:
+        os.close(fd)
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def load_job(exp_dir: Path, run_id: str) -> dict[str, Any]:
+    """job.json of a run.
+
+    Raises:
+        RunError: the run is not there, or its folder is damaged.
+    """
+    path = run_folder(exp_dir, run_id) / "job.json"
+    try:
+        job = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"no run {run_id} in {exp_dir}: {path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"run {run_id} is damaged: cannot read {path}: {error}") from None
+    if not isinstance(job, dict) or job.get("version") != RUN_VERSION:
+        raise RunError(f"run {run_id}: {path} has another version than {RUN_VERSION}, which this release reads")
+    return job
+
+
+def load_ref(exp_dir: Path, run_id: str) -> RunRef:
+    """From what job.json says beside the plan, so that a run of another release can still be seen and stopped.
+
+    Raises:
+        RunError: as `load_job`.
+    """
+    job = load_job(exp_dir, run_id)
+    try:
+        folders = Path(job["exp_dir"]), Path(job["log_dir"])
+        return RunRef(run_id, *folders, job["task"], job["exp_name"], tuple(job["labels"]))
+    except (KeyError, TypeError) as error:
+        raise RunError(f"run {run_id} is damaged: {run_folder(exp_dir, run_id)}/job.json: {error!r}") from None
+
+
+def load_plan(exp_dir: Path, run_id: str) -> JobPlan:
+    """The plan of a run, to start it again.
+
+    Raises:
+        RunError: as `load_job`, or the plan is of another release and cannot be read.
+    """
+    try:
+        return decode_plan(load_job(exp_dir, run_id)["plan"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"run {run_id}: its plan was written by another release, and this one cannot read it ({error!r}); "
+            "start the job from its configuration"
+        ) from None
+
+
+def find_current(exp_dir: Path) -> RunRef | None:
+    """The newest run of an experiment folder; None where there is none that can be read."""
+    try:
+        run_id = (exp_dir / "runs" / "current").read_text().strip()
+    except OSError:
+        return None
+    try:
+        return load_ref(exp_dir, run_id) if is_run_id(run_id) else None
+    except RunError:
+        return None

@@ -1,0 +1,149 @@
+"""What an agent is told (`Spec`) and what it tells (`Journal`): standard library, part of the agent's archive.
+
+Events are JSON objects, one a line, appended by one writer a host, so that a reader needs no lock and a crash costs at
+most the last line.
+
+    agent_started     pid start_time guard guard_start_time machine hostname output_start
+    process_started   name pid start_time          process_up  name
+    rank_started      rank local_rank pid start_time process
+    rank_up           rank
+    rank_exited       rank local_rank exit_code signal pid first at
+    process_exited    name exit_code signal
+    stopping          outcome by
+    after_stop_started
+    after_stop        exit_code signal
+    job_ended         outcome exit_code first_rank source reason output_end
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flagscale.runner.launch.procs import signal_name
+
+LAST_WORD_LIMIT_S = 30.0
+"""How long the last event is tried again on a disk that takes nothing."""
+
+Outcome = Literal["succeeded", "failed", "stopped", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One process of the spec: its script, and the ranks that the script's torchrun starts."""
+
+    name: str
+    script: str
+    num_ranks: int = 0
+    first_rank: int = 0
+    announces: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """All that the agent of one host is told. It holds no secret but the token, which is worth nothing elsewhere."""
+
+    run_id: str
+    token: str
+    label: str
+    node_rank: int
+    processes: tuple[Entry, ...]
+    output: str
+    pid_file: str
+    events: str
+    heartbeat: str
+    agent_log: str
+    rank_dir: str
+    details_dir: str
+    stop_request: str
+    cwd: str
+    after_stop: str | None = None
+    heartbeat_s: float = 5.0
+    grace_s: float = 30.0
+
+
+def load_spec(path: Path) -> Spec:
+    row = json.loads(path.read_text())
+    return Spec(**{**row, "processes": tuple(Entry(**entry) for entry in row["processes"])})
+
+
+class Journal:
+    """Events, one JSON object a line, appended. A disk that is full delays them and harms nothing else."""
+
+    def __init__(self, path: str, host: str) -> None:
+        self.path, self.host = Path(path), host
+        self.reserve = Path(f"{path}.reserve")
+        self.waiting: list[bytes] = []
+
+    def keep_reserve(self) -> None:
+        """Hold back room for the last words, so that a job which fills the disk can still be told of."""
+        with contextlib.suppress(OSError), self.reserve.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 16384)
+
+    def write(self, kind: str, **fields: object) -> None:
+        row = {"time": round(time.time(), 3), "host": self.host, "event": kind, **fields}
+        self.waiting.append(json.dumps(row).encode() + b"\n")
+        self.flush()
+
+    def holds(self, kind: str) -> bool:
+        """Whether an event of this kind was written by anyone: the guard continues what the agent began."""
+        with contextlib.suppress(OSError):
+            return f'"event": "{kind}"'.encode() in self.path.read_bytes()
+        return False
+
+    def flush(self) -> bool:
+        with contextlib.suppress(OSError), self.path.open("ab", buffering=0) as file:
+            while self.waiting:
+                size = file.seek(0, os.SEEK_END)
+                if file.write(self.waiting[0]) != len(self.waiting[0]):
+                    file.truncate(size)
+                    break
+                self.waiting.pop(0)
+        return not self.waiting
+
+    def close(self) -> None:
+        deadline = time.monotonic() + LAST_WORD_LIMIT_S
+        if not self.flush():
+            self.reserve.unlink(missing_ok=True)
+        while not self.flush() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.reserve.unlink(missing_ok=True)
+
+
+def write_small(path: str, text: str) -> None:
+    """Replace a small file whole; a full disk leaves the older one."""
+    draft = f"{path}.new"
+    with contextlib.suppress(OSError):
+        Path(draft).write_text(text)
+        Path(draft).replace(path)
+
+
+_ROW = re.compile(
+    r"^  time +: (?P<time>\S+)\n  host +: (?P<host>\S+)\n  rank +: (?P<rank>\d+) \(local_rank: (?P<local_rank>\d+)\)\n"
+    r"  exitcode +: (?P<code>-?\d+) \(pid: (?P<pid>\d+)\)",
+    re.MULTILINE,
+)
+
+
+def find_failures(output: str) -> list[dict[str, Any]]:
+    """The ranks that torchrun's last summary names (its ChildFailedError), the one that failed first at the head."""
+    start = output.rfind("ChildFailedError:")
+    text = output[start:] if start >= 0 else ""
+    root = text.find("Root Cause (first observed failure)")
+    rows = [(match.start() < root, match) for match in _ROW.finditer(text)]
+    return [
+        {
+            "rank": int(match["rank"]),
+            "local_rank": int(match["local_rank"]),
+            "pid": int(match["pid"]),
+            "exit_code": code if (code := int(match["code"])) >= 0 else None,
+            "signal": signal_name(-code) if code < 0 else None,
+            "first": not is_later,
+            "at": match["time"],
+        }
+        for is_later, match in sorted(rows, key=lambda row: row[0])
+    ]

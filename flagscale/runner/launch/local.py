@@ -1,0 +1,148 @@
+"""Starting a job on this machine: check, write all or nothing, hand over to an agent, wait until every rank is up.
+
+From the hand-over on nothing depends on the launcher: it may be killed, and the job runs on and is found by
+`flagscale status`. What it does while it waits is reading the agent's events.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flagscale import env as settings
+from flagscale.errors import LaunchError
+from flagscale.runner.launch.checks import check_local, check_outputs, check_programs, choose_port, gather_secrets
+from flagscale.runner.launch.files import make_folder, remove_folders, write_all
+from flagscale.runner.launch.folder import (
+    RunRef,
+    describe_job,
+    find_current,
+    hold_lock,
+    list_files,
+    list_folders,
+    make_run_id,
+    ref_of,
+)
+from flagscale.runner.launch.procs import end_leftovers
+from flagscale.runner.launch.record import load_records
+from flagscale.runner.launch.startup import wait_until_up
+from flagscale.runner.plan.job import JobPlan, LaunchName
+
+GRACE_S = 30.0
+"""Between SIGTERM and SIGKILL at a stop, seconds: torchrun gives its own ranks as long."""
+HANDOVER_LIMIT_S = 60.0
+
+
+def start_job(
+    plan: JobPlan,
+    *,
+    config: Mapping[str, Any],
+    command: Sequence[str],
+    env: Mapping[str, str],
+    foreground: bool | None = None,
+    grace_s: float = GRACE_S,
+) -> RunRef:
+    """Start a plan whose hosts are all this machine, and return when all its ranks are known to be up.
+
+    config: the resolved configuration, for the record, its secrets masked
+    command: what the user typed, for the record
+    env: the job's environment before the plan's own variables; secrets are taken from it
+    foreground: Ctrl-C during the start ends the job; None leaves it to the plan
+    grace_s: between SIGTERM and SIGKILL at a stop
+
+    Raises:
+        UserError: the plan cannot run as it is; nothing was written.
+        LaunchError: the folder's run still lives, the disk is full, a port is taken, or the job died while starting.
+    """
+    run = submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
+    wait_until_up(run, plan, plan.foreground if foreground is None else foreground)
+    return run
+
+
+def submit_job(
+    plan: JobPlan,
+    *,
+    config: Mapping[str, Any],
+    command: Sequence[str],
+    env: Mapping[str, str],
+    grace_s: float = GRACE_S,
+) -> RunRef:
+    """`start_job` without the waiting: returns once the agents have started the processes."""
+    check_local(plan)
+    secrets = gather_secrets(plan, env)
+    check_programs(plan, env)
+    check_outputs(plan)
+    exp_dir = Path(plan.exp_dir)
+    made = make_folder(exp_dir / "runs")
+    run: RunRef | None = None
+    try:
+        with hold_lock(exp_dir):
+            end_stale(exp_dir)
+            port = choose_port(plan)
+            run_id = make_run_id(datetime.now(UTC))
+            values: dict[LaunchName, str] = {"master_port": str(port), "run_id": run_id}
+            job = describe_job(plan, run_id, values, config, command)
+            write_all(list_files(plan, run_id, values, job, grace_s), list_folders(plan, run_id))
+            run = ref_of(plan, run_id)
+            for label in run.labels:
+                hand_over(run, label, secrets, env)
+            return run
+    finally:
+        if run is None and made:
+            (exp_dir / "runs" / "lock").unlink(missing_ok=True)
+            remove_folders(made)
+
+
+def end_stale(exp_dir: Path) -> None:
+    """Let only one run live in an experiment folder: refuse if one does, end what a dead one left behind.
+
+    Raises:
+        LaunchError: the run, since when, and how to stop it.
+    """
+    run = find_current(exp_dir)
+    if run is None:
+        return
+    for record in load_records(run):
+        if record.is_alive:
+            started = record.find("agent_started")
+            since = datetime.fromtimestamp(started["time"]).strftime("%Y-%m-%d %H:%M:%S") if started else "just now"
+            raise LaunchError(
+                f"{exp_dir} already holds a job that runs: {run.run_id}, since {since}; "
+                f"stop it with `flagscale stop {run.run_id}`, or use another `experiment.exp_dir`"
+            )
+        if record.is_here:
+            end_leftovers(record.spec.token, min(record.spec.grace_s, GRACE_S))
+
+
+def hand_over(run: RunRef, label: str, secrets: Mapping[str, str], env: Mapping[str, str]) -> None:
+    """Start the agent of one host; it answers once the host's processes are started.
+
+    Raises:
+        LaunchError: it did not answer.
+    """
+    hidden = {*secrets, settings.RUN_TOKEN}
+    clean = {name: value for name, value in env.items() if name not in hidden}
+    argv = [sys.executable, "-I", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
+    try:
+        done = subprocess.run(
+            argv,
+            input=json.dumps(dict(secrets)) + "\n",
+            env=clean,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=HANDOVER_LIMIT_S,
+            start_new_session=True,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"run {run.run_id}: the agent of {label} did not start: {error}") from None
+    if done.returncode != 0 or not done.stdout:
+        log = Path(run.load_spec(label).agent_log)
+        told = log.read_text(errors="replace").strip() if log.is_file() else ""
+        raise LaunchError(
+            f"run {run.run_id}: the agent of {label} did not start{os.linesep}{told or done.stderr.strip()}"
+        )

@@ -1,0 +1,207 @@
+"""What state a run is in, told truly: from the events of its agents and the processes that live.
+
+Every answer is made anew from what is there, and nothing is cached: a state that was kept somewhere would be one more
+thing that can be wrong after a crash.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.procs import find_ours
+from flagscale.runner.launch.record import Event, HostRecord, load_records
+from flagscale.runner.launch.startup import output_start
+from flagscale.runner.monitor.progress import Iteration, find_last_iteration
+
+State = Literal["starting", "running", "stopping", "succeeded", "failed", "stopped", "lost", "never_started"]
+RankStateName = Literal["waiting", "starting", "up", "exited", "failed", "ended", "gone"]
+
+ENDED: tuple[State, ...] = ("succeeded", "failed", "stopped", "lost", "never_started")
+_WORST_FIRST: tuple[State, ...] = ("failed", "lost", "stopped", "never_started", "succeeded")
+_BUSIEST_FIRST: tuple[State, ...] = ("stopping", "starting", "running")
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """One rank. `ended` is by the end of others or of the job; `gone` died a moment ago and nobody said yet how."""
+
+    rank: int
+    host: str
+    local_rank: int
+    state: RankStateName
+    pid: int | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    is_first_failure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """One host. Times are seconds since 1970; num_leftovers counts processes that live without agent and guard."""
+
+    label: str
+    state: State
+    agent_pid: int | None
+    guard_pid: int | None
+    heartbeat_age_s: float | None
+    started: float | None
+    ended: float | None
+    exit_code: int | None
+    reason: str | None
+    num_leftovers: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """A run as a whole."""
+
+    run: RunRef
+    state: State
+    exit_code: int | None
+    reason: str | None
+    started: float | None
+    ended: float | None
+    hosts: tuple[HostState, ...]
+    ranks: tuple[RankState, ...]
+    progress: Iteration | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def num_leftovers(self) -> int:
+        return sum(host.num_leftovers for host in self.hosts)
+
+
+def query_run(run: RunRef) -> RunState:
+    """
+    Raises:
+        RunError: the run's folder is damaged.
+    """
+    records = load_records(run)
+    hosts = tuple(_judge_host(record) for record in records)
+    ranks = tuple(rank for record in records for rank in _judge_ranks(record))
+    state = _judge_run(hosts)
+    worst = next((host for host in hosts if host.state == state), hosts[0])
+    starts = [host.started for host in hosts if host.started is not None]
+    ends = [host.ended for host in hosts if host.ended is not None]
+    found = [find_last_iteration(run.output_path(record.label), output_start(record)) for record in records]
+    return RunState(
+        run=run,
+        state=state,
+        exit_code=worst.exit_code,
+        reason=worst.reason,
+        started=min(starts, default=None),
+        ended=max(ends, default=None) if state in ENDED else None,
+        hosts=hosts,
+        ranks=tuple(sorted(ranks, key=lambda rank: rank.rank)),
+        progress=next((item for item in reversed(found) if item), None),
+    )
+
+
+def _judge_run(hosts: Sequence[HostState]) -> State:
+    states = {host.state for host in hosts}
+    return next(state for state in (*_BUSIEST_FIRST, *_WORST_FIRST) if state in states)
+
+
+def _judge_host(record: HostRecord) -> HostState:
+    started, ended = record.find("agent_started"), record.find("job_ended")
+    stopping = record.find("stopping")
+    reason = ended["reason"] if ended else stopping["by"] if stopping else None
+    num_leftovers = 0
+    state: State
+    if ended:
+        state = ended["outcome"]
+    elif started is None:
+        state, reason = "never_started", "its agent did not start"
+    elif not record.is_watched:
+        state = "lost"
+        num_leftovers = len(find_ours(record.spec.token)) if record.is_here else 0
+        reason = _describe_loss(record, num_leftovers)
+    elif stopping:
+        state = "stopping"
+    else:
+        state = "running" if _is_up(record) else "starting"
+    return HostState(
+        label=record.label,
+        state=state,
+        agent_pid=started["pid"] if started else None,
+        guard_pid=started["guard"] if started else None,
+        heartbeat_age_s=record.heartbeat_age_s,
+        started=started["time"] if started else None,
+        ended=ended["time"] if ended else None,
+        exit_code=ended["exit_code"] if ended else None,
+        reason=reason,
+        num_leftovers=num_leftovers,
+    )
+
+
+def _describe_loss(record: HostRecord, num_leftovers: int) -> str:
+    if not record.is_here:
+        return "no heartbeat, and its processes are on another machine, or the machine was started anew"
+    left = f"{num_leftovers} of its processes still live" if num_leftovers else "none of its processes lives"
+    return f"its agent and its guard were killed; {left}"
+
+
+def _is_up(record: HostRecord) -> bool:
+    up = {event["rank"] for event in record.all("rank_up")}
+    done = {event["name"] for event in record.all("process_exited")} | {e["name"] for e in record.all("process_up")}
+    num_ranks = sum(entry.num_ranks for entry in record.spec.processes)
+    return len(up) >= num_ranks and all(entry.name in done for entry in record.spec.processes if not entry.num_ranks)
+
+
+def _judge_ranks(record: HostRecord) -> list[RankState]:
+    started: dict[int, Event] = {event["rank"]: event for event in record.all("rank_started")}
+    exited: dict[int, Event] = {event["rank"]: event for event in record.all("rank_exited")}
+    up = {event["rank"] for event in record.all("rank_up")}
+    rows: list[RankState] = []
+    for entry in record.spec.processes:
+        for local_rank in range(entry.num_ranks):
+            rank = entry.first_rank + local_rank
+            pid = started[rank]["pid"] if rank in started else None
+            if end := exited.get(rank):
+                is_first = bool(end.get("first"))
+                is_ended = not is_first and end["signal"] == "SIGTERM"  # torchrun ended it, because another failed
+                state: RankStateName = "exited" if end["exit_code"] == 0 else "ended" if is_ended else "failed"
+                code, name = end["exit_code"], end["signal"]
+                rows.append(RankState(rank, record.label, local_rank, state, pid, code, name, is_first))
+            else:
+                state = _judge_living(record, started.get(rank), rank in up)
+                rows.append(RankState(rank, record.label, local_rank, state, pid))
+    return rows
+
+
+def _judge_living(record: HostRecord, started: Event | None, is_up: bool) -> RankStateName:
+    if record.has_ended:
+        return "ended"
+    if started is None:
+        return "waiting" if record.is_watched else "ended"
+    if not record.is_process_alive(started):
+        return "gone"
+    return "up" if is_up else "starting"
+
+
+def encode_state(state: RunState) -> dict[str, Any]:
+    """The state as JSON values. Keys are only ever added."""
+    run = state.run
+    return {
+        "run_id": run.run_id,
+        "state": state.state,
+        "exit_code": state.exit_code,
+        "reason": state.reason,
+        "started": state.started,
+        "ended": state.ended,
+        "num_leftovers": state.num_leftovers,
+        "task": run.task,
+        "exp_name": run.exp_name,
+        "exp_dir": str(run.exp_dir),
+        "log_dir": str(run.log_dir),
+        "folder": str(run.folder),
+        "outputs": [str(Path(run.output_path(label))) for label in run.labels],
+        "hosts": [asdict(host) for host in state.hosts],
+        "ranks": [asdict(rank) for rank in state.ranks],
+        "progress": asdict(state.progress) if state.progress else None,
+    }

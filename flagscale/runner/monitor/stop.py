@@ -1,0 +1,90 @@
+"""Stopping a run: ask its agent, wait until nothing is left, and end by token what has no agent any more."""
+
+import json
+import os
+import pwd
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flagscale.errors import RunError
+from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.journal import write_small
+from flagscale.runner.launch.procs import end_leftovers
+from flagscale.runner.launch.record import HostRecord, load_records
+from flagscale.runner.launch.startup import ask_to_end
+from flagscale.runner.monitor.state import RunState, query_run
+
+POLL_S = 0.1
+MARGIN_S = 330.0
+"""Waited beyond the grace: `cmds.after_stop` may take 300 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """What a stop found and did. `was_alive` is False where there was nothing to stop."""
+
+    state: RunState
+    was_alive: bool
+    num_leftovers: int
+
+
+def name_user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def find_owner(pid: int) -> int | None:
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return None
+
+
+def check_here(run: RunRef, records: tuple[HostRecord, ...]) -> None:
+    """
+    Raises:
+        RunError: a living part of the run is on another machine, or someone else's.
+    """
+    away = [record for record in records if record.is_alive and not record.is_here]
+    if away:
+        names = ", ".join(str((record.find("agent_started") or {}).get("hostname")) for record in away)
+        raise RunError(f"run {run.run_id} runs on {names}, not on this machine; stop it there")
+    for record in records:
+        owner = find_owner((record.find("agent_started") or {}).get("pid", 0)) if record.is_alive else None
+        if owner is not None and os.geteuid() not in (0, owner):
+            raise RunError(f"run {run.run_id} belongs to {name_user(owner)}, who alone may stop it")
+
+
+def stop_run(run: RunRef, force: bool = False, wait: Callable[[], None] | None = None) -> Stopped:
+    """End everything of a run and wait until it is gone. Stopping a run that has ended changes nothing.
+
+    force: SIGKILL at once, without the time that processes are given to save
+    wait: called between looks, instead of sleeping 0.1 s
+
+    Raises:
+        RunError: it runs on another machine, or it does not end.
+    """
+    records = load_records(run)
+    check_here(run, records)
+    was_alive = any(record.is_alive for record in records)
+    if was_alive:
+        by = f"{name_user(os.getuid())} on {socket.gethostname()}"
+        write_small(str(run.folder / "stop.json"), json.dumps({"by": by, "time": time.time()}))
+        ask_to_end(records, signal.SIGUSR1 if force else signal.SIGTERM)
+    deadline = time.monotonic() + MARGIN_S + max(record.spec.grace_s for record in records)
+    while any(record.is_watched and record.is_here for record in load_records(run)):
+        if time.monotonic() > deadline:
+            raise RunError(f"run {run.run_id} does not end; see {Path(records[0].spec.agent_log)}")
+        if wait is None:
+            time.sleep(POLL_S)
+        else:
+            wait()
+    grace_s = 0.0 if force else max(record.spec.grace_s for record in records)
+    num_leftovers = sum(end_leftovers(record.spec.token, grace_s) for record in records if record.is_here)
+    return Stopped(query_run(run), was_alive, num_leftovers)

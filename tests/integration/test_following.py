@@ -1,0 +1,227 @@
+"""Staying with jobs: what is shown of them, hosts side by side, stopping from several sides at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from local_jobs import list_left, plan_program, submit, wait_for
+
+from flagscale.cli import logs, status, stop
+from flagscale.errors import LaunchError, RunError
+from flagscale.runner.config.hostfile import Host
+from flagscale.runner.launch.folder import RunRef, hold_lock
+from flagscale.runner.launch.startup import show_progress
+from flagscale.runner.monitor.follow import wait_job
+from flagscale.runner.monitor.logs import find_rank_tails
+from flagscale.runner.monitor.plot import plot_loss
+from flagscale.runner.monitor.runs import list_runs, load_run
+from flagscale.runner.monitor.state import query_run
+from flagscale.runner.monitor.stop import stop_run
+from flagscale.runner.plan.job import JobPlan
+
+ITERATION = "iteration        {}/      {} | elapsed time per iteration (ms): 100.0 | lm loss: {:.6E} |"
+
+
+@pytest.fixture(autouse=True)
+def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLAGSCALE_STATE_DIR", str(tmp_path / "state"))
+
+
+def plan_two_hosts(exp_dir: Path, first: str, second: str) -> JobPlan:
+    """This machine under both of its names."""
+    one = plan_program(exp_dir, "bash", "-c", first)
+    other = plan_program(exp_dir, "bash", "-c", second).hosts[0]
+    return replace(one, hosts=(*one.hosts, replace(other, host=Host("127.0.0.1", 1), node_rank=1)))
+
+
+def run_to_end(plan: JobPlan, quiet: bool = True) -> RunRef:
+    run = submit(plan)
+    wait_job(run, quiet=quiet)
+    return run
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def test_quiet_shows_iterations_and_the_last_words_of_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["noise", ITERATION.format(1, 2, 5.0), "more noise", "the last word"]
+    code = "\n".join(f"echo '{line}'" for line in lines) + "\nexit 5"
+    run = submit(plan_program(tmp_path / "exp", "bash", "-c", code))
+    assert wait_job(run, quiet=True) == 5
+    shown = capsys.readouterr()
+    assert shown.out == "iteration 1/2 · loss 5.0000 · 100 ms · 0:00 left\n"
+    assert f"last lines of {run.output_path(run.labels[0])}:\n  noise\n" in shown.err
+    assert "  the last word\n" in shown.err
+    assert shown.err.endswith(f"run {run.run_id} failed: main ended with exit code 5\n")
+
+
+def test_two_hosts_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_to_end(plan_two_hosts(tmp_path / "exp", "echo one", "echo two"), quiet=False)
+    assert sorted(capsys.readouterr().out.splitlines()) == ["host_0_localhost | one", "host_1_127.0.0.1 | two"]
+    assert logs.main([run.run_id]) == 0
+    assert capsys.readouterr().out == "host_0_localhost | one\nhost_1_127.0.0.1 | two\n"
+    state = query_run(run)
+    assert (state.state, [host.label for host in state.hosts]) == ("succeeded", list(run.labels))
+    assert status.main([run.run_id]) == 0
+    assert "host_1_127.0.0.1  succeeded" in capsys.readouterr().out
+
+
+def test_the_worst_of_two_hosts_speaks_for_the_run(tmp_path: Path) -> None:
+    run = run_to_end(plan_two_hosts(tmp_path / "exp", "true", "exit 6"))
+    state = query_run(run)
+    assert (state.state, state.exit_code, state.reason) == ("failed", 6, "main ended with exit code 6")
+    assert [host.state for host in state.hosts] == ["succeeded", "failed"]
+
+
+def test_stop_ends_both_hosts(tmp_path: Path) -> None:
+    run = submit(plan_two_hosts(tmp_path / "exp", "sleep 600", "sleep 600"))
+    assert stop_run(run).was_alive
+    assert [host.state for host in query_run(run).hosts] == ["stopped", "stopped"]
+    assert [list_left(run) for _ in run.labels] == [[], []]
+
+
+def test_progress_elsewhere_than_on_a_terminal_is_a_line_a_change(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress() as show:
+        for text in ("a", "a", "b", "a"):
+            show(text)
+    assert capsys.readouterr().err == "a\nb\na\n"
+
+
+def test_a_rank_without_files_is_an_error(tmp_path: Path) -> None:
+    run = run_to_end(plan_program(tmp_path / "exp", "true"))
+    with pytest.raises(RunError, match="has no ranks; leave out --rank"):
+        find_rank_tails(run, 0)
+
+
+# --- stopping from several sides -------------------------------------------------------------------------------------
+
+
+def test_two_stops_at_once_agree(tmp_path: Path) -> None:
+    run = submit(plan_program(tmp_path / "exp", "sleep", "600"))
+    codes: list[int] = []
+    threads = [threading.Thread(target=lambda: codes.append(stop.main([run.run_id]))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0, 0, 0]
+    assert query_run(run).state == "stopped"
+
+
+def test_a_job_may_stop_itself(tmp_path: Path) -> None:
+    code = "import sys; from flagscale.cli.stop import main; sys.exit(main([]))"
+    run = submit(plan_program(tmp_path / "exp", sys.executable, "-c", code))
+    wait_for(lambda: query_run(run).has_ended)
+    assert query_run(run).state == "stopped"
+    assert list_left(run) == []
+
+
+def test_the_second_ctrl_c_ends_a_stubborn_job_at_once(tmp_path: Path) -> None:
+    run = submit(
+        plan_program(tmp_path / "exp", "bash", "-c", "trap '' TERM; echo armed; sleep 600 & wait; wait"), 600.0
+    )
+    code = (
+        "import sys; from flagscale.runner.monitor.runs import load_run; from flagscale.runner.monitor.follow import "
+    )
+    code += "wait_job; sys.exit(wait_job(load_run(sys.argv[1])))"
+    argv = [sys.executable, "-c", code, run.run_id]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout
+        assert follower.stderr
+        assert follower.stdout.readline() == "armed\n"
+        follower.send_signal(signal.SIGINT)
+        assert "Ctrl-C again" in follower.stderr.readline()
+        wait_for(lambda: query_run(run).state == "stopping")
+        follower.send_signal(signal.SIGINT)
+        follower.communicate()
+    assert follower.returncode == 143
+    assert query_run(run).state == "stopped"
+    assert list_left(run) == []
+
+
+def test_stop_waits_for_what_runs_after(tmp_path: Path) -> None:
+    run = submit(plan_program(tmp_path / "exp", "sleep", "600", after_stop="sleep 1; echo tidied"))
+    stop_run(run)
+    assert run.output_path(run.labels[0]).read_text() == "tidied\n"
+
+
+def test_a_lock_does_not_outlive_who_held_it(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from flagscale.runner.launch.folder import hold_lock\n"
+    code += "with hold_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LaunchError, match="another launch"), hold_lock(tmp_path):
+            pass
+        holder.kill()
+    with hold_lock(tmp_path):
+        pass
+
+
+# --- lists and pictures ----------------------------------------------------------------------------------------------
+
+
+def test_runs_whose_folder_is_gone_are_left_out(tmp_path: Path) -> None:
+    import shutil
+
+    kept = run_to_end(plan_program(tmp_path / "kept", "true"))
+    gone = run_to_end(plan_program(tmp_path / "gone", "true"))
+    shutil.rmtree(gone.exp_dir)
+    assert [run.run_id for run in list_runs()] == [kept.run_id]
+    assert load_run() == kept
+    with pytest.raises(RunError, match="is missing"):
+        load_run(gone.run_id)
+    (tmp_path / "state" / "runs" / "20260101T000000-ffff.json").write_text("{")
+    assert [run.run_id for run in list_runs()] == [kept.run_id]
+
+
+def test_runs_of_one_second_are_in_the_order_of_their_start(tmp_path: Path) -> None:
+    started = [run_to_end(plan_program(tmp_path / str(number), "true")).run_id for number in range(6)]
+    assert [run.run_id for run in list_runs()] == started[::-1]
+
+
+def test_no_runs_at_all() -> None:
+    with pytest.raises(RunError, match="no run is listed"):
+        load_run()
+
+
+def print_losses(first: int, last: int) -> str:
+    return "\n".join(f"echo '{ITERATION.format(step, 8, 9.0 - step)}'" for step in range(first, last + 1))
+
+
+def test_a_resumed_training_is_drawn_whole(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    exp = tmp_path / "exp"
+    for part in (print_losses(1, 4), print_losses(3, 8)):
+        run = run_to_end(plan_program(exp, "bash", "-c", part))
+    picture = plot_loss(run, tmp_path / "picture.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(RunError, match="cannot write"):
+        plot_loss(run, tmp_path / "missing" / "picture.png")
+
+
+def test_without_losses_or_without_matplotlib_there_is_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = run_to_end(plan_program(tmp_path / "silent", "echo", "iteration 1/ 2 | lm loss: NAN |"))
+    with pytest.raises(RunError, match="printed no loss"):
+        plot_loss(silent)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    capsys.readouterr()
+    loud = run_to_end(plan_program(tmp_path / "loud", "bash", "-c", print_losses(1, 2)))
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert query_run(loud).state == "succeeded"
+    assert not (loud.exp_dir / "loss.png").exists()
+
+
+def test_the_environment_of_the_launcher_is_the_job_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ODD", "a\nb 'c' $(d) `e`")
+    run = run_to_end(plan_program(tmp_path / "exp", "bash", "-c", 'printf %s "$ODD"'))
+    assert run.output_path(run.labels[0]).read_text() == os.environ["ODD"]
