@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# torchrun on host_1_node-1 of qwen3_30b_a3b
+cd -- /flagscale || exit 1
+mkdir -p -- /home/user/outputs/qwen3_30b_a3b/logs || exit 1
+mkdir -p -- /home/user/outputs/qwen3_30b_a3b/logs/pids || exit 1
+mkdir -p -- /home/user/outputs/qwen3_30b_a3b/logs/details || exit 1
+mkdir -p -- /home/user/outputs/qwen3_30b_a3b/checkpoints || exit 1
+mkdir -p -- /home/user/outputs/qwen3_30b_a3b/tensorboard || exit 1
+mkdir -p -- /home/user/outputs/qwen3_30b_a3b/wandb || exit 1
+export FLAGSCALE_CHIP=NVIDIA
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7
+export PYTHONPATH=/flagscale/third_party/Megatron-LM/src:/flagscale${PYTHONPATH:+:$PYTHONPATH}
+exec torchrun \
+  --rdzv-id '<run_id: chosen at launch>' \
+  --nnodes 2 \
+  --node-rank 1 \
+  --nproc-per-node 8 \
+  --rdzv-backend c10d \
+  --rdzv-endpoint 'node-0:<master_port: chosen at launch>' \
+  --log-dir '/home/user/outputs/qwen3_30b_a3b/logs/details/host_1_node-1/<run_id: chosen at launch>' \
+  --redirects 3 \
+  --tee 3 ./flagscale/train/train_gpt.py \
+  --save /home/user/outputs/qwen3_30b_a3b/checkpoints \
+  --load /home/user/outputs/qwen3_30b_a3b/checkpoints \
+  --tensorboard-dir /home/user/outputs/qwen3_30b_a3b/tensorboard \
+  --wandb-save-dir /home/user/outputs/qwen3_30b_a3b/wandb \
+  --tensor-model-parallel-size 2 \
+  --sequence-parallel \
+  --pipeline-model-parallel-size 2 \
+  --expert-model-parallel-size 8 \
+  --expert-tensor-parallel-size 1 \
+  --use-distributed-optimizer \
+  --overlap-grad-reduce \
+  --overlap-param-gather \
+  --bf16 \
+  --accumulate-allreduce-grads-in-fp32 \
+  --log-interval 1 \
+  --log-throughput \
+  --tensorboard-log-interval 10 \
+  --save-interval 1000 \
+  --num-layers 48 \
+  --hidden-size 2048 \
+  --ffn-hidden-size 6144 \
+  --num-attention-heads 32 \
+  --group-query-attention \
+  --num-query-groups 4 \
+  --kv-channels 128 \
+  --max-position-embeddings 40960 \
+  --position-embedding-type rope \
+  --rotary-base 1000000 \
+  --normalization RMSNorm \
+  --norm-epsilon 1e-06 \
+  --qk-layernorm \
+  --swiglu \
+  --disable-bias-linear \
+  --untie-embeddings-and-output-weights \
+  --init-method-std 0.02 \
+  --attention-dropout 0.0 \
+  --hidden-dropout 0.0 \
+  --num-experts 128 \
+  --moe-ffn-hidden-size 768 \
+  --moe-router-topk 8 \
+  --moe-router-score-function softmax \
+  --moe-router-load-balancing-type global_aux_loss \
+  --moe-aux-loss-coeff 0.001 \
+  --moe-router-dtype fp32 \
+  --moe-token-dispatcher-type alltoall \
+  --moe-grouped-gemm \
+  --moe-permute-fusion \
+  --seq-length 4096 \
+  --micro-batch-size 1 \
+  --global-batch-size 512 \
+  --train-samples 24414062 \
+  --eval-interval 1000 \
+  --eval-iters 10 \
+  --cross-entropy-loss-fusion \
+  --seed 1234 \
+  --weight-decay 0.1 \
+  --adam-beta1 0.9 \
+  --adam-beta2 0.95 \
+  --clip-grad 1.0 \
+  --lr 0.0003 \
+  --min-lr 3e-05 \
+  --lr-warmup-samples 1024000 \
+  --lr-decay-style cosine \
+  --data-path ./data/qwen3/text_document \
+  --split 99,1,0 \
+  --num-workers 4 \
+  --tokenizer-type HuggingFaceTokenizer \
+  --tokenizer-model ./data/qwen3/tokenizer \
+  --padded-vocab-size 151936
