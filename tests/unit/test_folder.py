@@ -20,6 +20,7 @@ from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import folder, ports
 from flagscale.runner.launch.checks import choose_port, gather_secrets
 from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder, remove_folders, write_all
+from flagscale.runner.launch.local import strip_secrets
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec, decode_plan
 
 VALUES: dict[LaunchName, str] = {"master_port": "1", "run_id": "r"}
@@ -189,9 +190,11 @@ def test_git_state_is_asked_and_bounded(tmp_path: Path) -> None:
 # --- secrets and ports -----------------------------------------------------------------------------------------------
 
 
-def test_secrets_come_under_both_names_and_all_missing_ones_are_named(tmp_path: Path) -> None:
+def test_secrets_come_under_the_job_s_names_alone_and_all_missing_ones_are_named(tmp_path: Path) -> None:
     plan = replace(small_plan(tmp_path), secrets=(("KEY", "OUTER"), ("B", "B")))
-    assert gather_secrets(plan, {"OUTER": "1", "B": "2"}) == {"KEY": "1", "OUTER": "1", "B": "2"}
+    env = {"OUTER": "1", "B": "2", "KEY": "stale", "PATH": "/bin", "FLAGSCALE_RUN_TOKEN": "of an outer job"}
+    assert gather_secrets(plan, env) == {"KEY": "1", "B": "2"}
+    assert strip_secrets(plan, env) == {"PATH": "/bin"}
     with pytest.raises(UserError, match="OUTER, B are not set"):
         gather_secrets(plan, {})
 

@@ -13,13 +13,13 @@ from flagscale.runner.monitor.progress import (
     estimate_eta_s,
     find_last_iteration,
     find_seq_length,
+    find_setting,
     format_duration,
     format_progress,
     load_iterations,
     parse_iteration,
     split_segments,
 )
-from flagscale.runner.monitor.summary import find_checkpoint
 
 LINE = (
     " [2026-11-20 12:00:00.123456] iteration        6/      10 | consumed samples:           48 | "
@@ -88,6 +88,7 @@ def test_the_sequence_length_is_found_in_either_spelling() -> None:
     assert find_seq_length({"train": {"system": {}, "model": {"seq-length": 128}}}) == 128
     assert find_seq_length({"train": {"model": {"seq_length": 64}}}) == 64
     assert find_seq_length({"serve": {}}) is None
+    assert find_setting({"a": 1, "b": {"c": {"train-iters": 5}}}, "train_iters") == ("b.c.train-iters", 5)
 
 
 @given(st.lists(st.integers(1, 20)))
@@ -121,12 +122,3 @@ def test_iterations_of_files(tmp_path: Path) -> None:
     assert last.iteration == 7
     assert find_last_iteration(full, start=full.stat().st_size) is None
     assert find_last_iteration(tmp_path / "missing") is None
-
-
-def test_the_newest_checkpoint(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path) is None
-    latest = tmp_path / "latest_checkpointed_iteration.txt"
-    latest.write_text("40\n")
-    assert find_checkpoint(tmp_path) == tmp_path / "iter_0000040"
-    latest.write_text("release")
-    assert find_checkpoint(tmp_path) == tmp_path / "release"

@@ -73,6 +73,11 @@ def _takes_mapping(name: str, catalogue: Catalogue | None) -> bool:
     return argument is not None and argument.type in ("json", "any")
 
 
+def read_switch(value: Any) -> Any:
+    """The contract writes a switch of one host or chip as the string "true" or "false"."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
 def check_arguments(
     given: tuple[GivenArgument, ...],
     catalogue: Catalogue,

@@ -1,16 +1,17 @@
 """The checks of a task section that look at more than one field: arguments against catalogues, sizes against slots."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flagscale.errors import Fault, find_nearest
-from flagscale.runner.config.arguments import GivenArgument, check_arguments, flatten_sections
+from flagscale.runner.config.arguments import GivenArgument, check_arguments, flatten_sections, read_switch
 from flagscale.runner.config.catalogue import load_catalogue
 from flagscale.runner.config.experiment import DEFAULT_BACKENDS, TaskType
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.config.parallel import World, check_parallelism
-from flagscale.runner.config.tasks import Inference, ServeModel, Train
+from flagscale.runner.config.tasks import Inference, Rl, ServeModel, Train
 from flagscale.runner.config.vocabulary import translate_engine_args
 
 BACKENDS: dict[TaskType, tuple[str, ...]] = {
@@ -22,6 +23,11 @@ BACKENDS: dict[TaskType, tuple[str, ...]] = {
 }
 LLM_ONLY_ARGUMENTS = frozenset({"disable_log_stats", "hf_token", "task"})
 """keyword arguments of `vllm.LLM` that `vllm serve` has no option for"""
+
+_OVERRIDE_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+OVERLAY_KEYS = frozenset({"build_dir"})
+"""keys of a root overlay that the launcher reads and the backend does not"""
 
 Policy = Literal["error", "warn", "pass"]
 
@@ -62,7 +68,23 @@ def check_task(
         _check_inference(checked, task, policy, references)
     elif isinstance(task, tuple):
         _check_serve(checked, task, policy, references)
+    elif isinstance(task, Rl):
+        checked.faults += _check_override_keys(task.overrides, "rl")
+        checked.faults += _check_override_keys(task.append_kargs, "rl.append_kargs")
     return checked
+
+
+def _check_override_keys(node: Any, path: str) -> Iterator[Fault]:
+    """Keys that Hydra's override grammar cannot spell: it has no quotes for them."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if not _OVERRIDE_KEY.fullmatch(str(key)):
+                text = f"the key `{key}` cannot stand in an override"
+                yield Fault(f"{path}.{key}", text, expected="letters, digits, _ and -, a letter or _ first")
+            yield from _check_override_keys(value, f"{path}.{key}")
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _check_override_keys(value, f"{path}.{index}")
 
 
 def _check_train(
@@ -84,6 +106,19 @@ def _check_train(
     if hosts:
         world = World(sum(host.slots for host in hosts), len(hosts))
         checked.faults += check_parallelism(given, world)
+
+
+def check_overlay(
+    checked: Checked, key: str, rows: Mapping[str, Mapping[str, Any]], policy: Policy, references: frozenset[str]
+) -> None:
+    """Arguments that a root section lays over Megatron's for one host or one kind of chip."""
+    for name, values in rows.items():
+        given = tuple(
+            GivenArgument(argument, read_switch(value), f"{key}.{name}.{argument}")
+            for argument, value in values.items()
+            if argument not in OVERLAY_KEYS
+        )
+        checked.check(given, "megatron", policy, references)
 
 
 def _check_inference(checked: Checked, task: Inference, policy: Policy, references: frozenset[str]) -> None:
@@ -114,6 +149,7 @@ def _check_serve(checked: Checked, models: tuple[ServeModel, ...], policy: Polic
             checked.faults += _check_model_path(model, given, path)
         rows.append(given)
     checked.faults += _find_cycle(models)
+    checked.faults += _find_shared_ports(models, rows)
     checked.arguments = tuple(rows)
 
 
@@ -132,6 +168,21 @@ def _check_graph_node(model: ServeModel, path: str, names: list[str]) -> list[Fa
         for name in model.depends
         if name not in names
     ]
+
+
+def _find_shared_ports(models: tuple[ServeModel, ...], rows: list[tuple[GivenArgument, ...]]) -> Iterator[Fault]:
+    """Engines side by side on one host need a port each, whether given or an engine's default."""
+    owners: dict[str, str] = {}
+    for index, (model, given) in enumerate(zip(models, rows, strict=True)):
+        known = load_catalogue(model.engine).find("port") if model.engine else None
+        named = next((argument for argument in given if argument.name == "port"), None)
+        port = named.value if named else known.default if known else None
+        if port is None:
+            continue
+        if owner := owners.get(str(port)):
+            path = named.path if named else f"serve.{index}.engine_args.port"
+            yield Fault(path, f"is {port}, the port of `{owner}` too", expected="a port for each model")
+        owners[str(port)] = model.serve_id
 
 
 def _find_cycle(models: tuple[ServeModel, ...]) -> list[Fault]:

@@ -5,9 +5,11 @@ OmegaConf report one at a time, each in a voice of its own (an interpolation tha
 never filled), are gathered over the whole tree and told together.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +83,14 @@ def compose_config(config_dir: Path, config_name: str, overrides: Sequence[str] 
     """
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    # a YAML tag that does not fit its value (`!!int x`) reaches us as whatever the constructor met
+    unreadable = (HydraException, OmegaConfBaseException, YAMLError, ValueError, AttributeError, RecursionError)
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base=None, config_dir=str(config_dir.resolve())):
         loader = GlobalHydra.instance().config_loader()
@@ -93,8 +98,9 @@ def compose_config(config_dir: Path, config_name: str, overrides: Sequence[str] 
             config = loader.load_configuration(
                 config_name=config_name, overrides=list(overrides), run_mode=RunMode.RUN, from_shell=False
             )
-        except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-            raise translate_error(error, config_dir) from error
+        except unreadable as error:
+            raise translate_error(error, config_dir, overrides) from error
+        HydraConfig.instance().set_config(config)
         return read_composed(config, config_dir, config_name, overrides)
 
 
@@ -121,7 +127,7 @@ def read_composed(config: "DictConfig", config_dir: Path, config_name: str, over
     environment: dict[str, str] = {}
     for path, raw, resolve in _leaves(config, ""):
         if isinstance(raw, str) and "${" in raw:
-            references |= _references(raw)
+            references |= _references(raw, path)
             if "oc.env" in raw:
                 environment[path] = raw
         if fault := _try_resolve(path, raw, resolve):
@@ -157,7 +163,15 @@ def _to_plain(config: "DictConfig") -> dict[str, Any]:
 
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    named: dict[str, Any] = _with_names(plain)
+    return named
+
+
+def _with_names(node: Any) -> Any:
+    """The tree with strings for keys: YAML also reads numbers, and `on` and `no` as booleans, before a colon."""
+    if isinstance(node, dict):
+        return {str(key): _with_names(value) for key, value in node.items()}
+    return [_with_names(value) for value in node] if isinstance(node, list) else node
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
@@ -172,7 +186,7 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any, Callable[[], Any
         if isinstance(child, DictConfig | ListConfig) and not isinstance(raw, str) and raw is not None:
             yield from _leaves(child, path)
         else:
-            yield path, raw, lambda key=key: node[key]
+            yield path, raw, partial(node.__getitem__, key)
 
 
 def _try_resolve(path: str, raw: Any, resolve: Callable[[], Any]) -> Fault | None:
@@ -188,7 +202,8 @@ def _try_resolve(path: str, raw: Any, resolve: Callable[[], Any]) -> Fault | Non
         return Fault(path, f"`{raw}` is not an interpolation that can be read", expected="`${dotted.path}`")
     except OmegaConfBaseException as error:
         reason = str(error.msg if hasattr(error, "msg") and error.msg else error).splitlines()[0]
-        return Fault(path, f"`{raw}` cannot be resolved: {reason}", expected=_interpolation_hint(raw))
+        reason = reason.partition(" raised while resolving interpolation: ")[2].strip("\"'") or reason
+        return Fault(path, f"`{raw}` cannot be resolved: {_hide_read(reason, raw)}", _interpolation_hint(raw))
     except (TypeError, ValueError, RecursionError) as error:
         return Fault(path, f"`{raw}` cannot be resolved: {error or type(error).__name__}")
     return None
@@ -203,15 +218,31 @@ def _interpolation_hint(raw: str) -> str | None:
     return None
 
 
-def _references(raw: str) -> set[str]:
-    """The dotted paths that an interpolation reads."""
-    return set(re.findall(r"\$\{\s*([A-Za-z_][\w.\-]*)\s*\}", raw))
+def _hide_read(reason: str, raw: str) -> str:
+    """The reason without what was read from the environment: the name of a key may be made of a secret."""
+    for name in re.findall(r"oc\.env\s*:\s*([A-Za-z_]\w*)", raw):
+        if value := os.environ.get(name):
+            reason = reason.replace(value, f"${name}")
+    return reason
 
 
-def translate_error(error: Exception, config_dir: Path) -> UserError:
+_REFERENCE = re.compile(r"\$\{\s*(?:oc\.select\s*:\s*|oc\.dict\.\w+\s*:\s*)?(\.*)([A-Za-z_][\w.\-\[\]]*)\s*(?=[,}])")
+
+
+def _references(raw: str, path: str) -> set[str]:
+    """The dotted paths that an interpolation at `path` reads; leading dots count sections upward."""
+    found = set()
+    for dots, name in _REFERENCE.findall(raw):
+        above = path.split(".")[: -len(dots)] if dots else []
+        found.add(".".join([*above, name.replace("[", ".").replace("]", "")]))
+    return found
+
+
+def translate_error(error: Exception, config_dir: Path, overrides: Sequence[str] = ()) -> UserError:
     """Hydra's, OmegaConf's and YAML's errors in our voice: one line for what, one for where."""
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
     from yaml import MarkedYAMLError
+    from yaml.reader import ReaderError
 
     cause = error.__cause__
     marked = cause if isinstance(cause, MarkedYAMLError) else error
@@ -219,14 +250,112 @@ def translate_error(error: Exception, config_dir: Path) -> UserError:
         mark = marked.problem_mark or marked.context_mark
         where = f"{display_path(Path(mark.name))}:{mark.line + 1}" if mark else None
         return ConfigError([Fault("", marked.problem or str(marked), where=where)])
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    if isinstance(error, ReaderError):
+        text = f"{error.reason} (at byte {error.position})"
+        return ConfigError([Fault("", text, where=display_path(Path(error.name)))])
+    if isinstance(error, OverrideParseException):
+        text = "cannot be read; what a shell or Hydra would take apart stands in quotes: 'key=\"a value\"'"
+        return ConfigError([Fault("", text, where=f"override `{error.override}`")])
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        there = [str(file.relative_to(config_dir).with_suffix("")) for file in sorted(config_dir.rglob("*.yaml"))]
-        missing = str(error.missing_cfg_file).removesuffix(".yaml")
-        near = find_nearest(missing, there)
-        return ConfigError([Fault("", text, suggestion=near, where=display_path(config_dir))])
-    if cause is not None and str(cause) and str(cause).splitlines()[0] not in text:
-        text += f" ({str(cause).splitlines()[0]})"
-    hints = [line for line in lines[1:] if line.startswith("To append")]
-    return ConfigError([Fault("", " ".join([text, *hints]), where=display_path(config_dir))])
+        return _missing_config(str(error), str(error.missing_cfg_file), config_dir)
+    if isinstance(error, ValueError) and (faults := _find_numbers_for_files(config_dir, overrides)):
+        return ConfigError(faults)
+    if isinstance(error, ValueError | AttributeError | RecursionError):
+        endless = isinstance(error, RecursionError)
+        text = "is nested too deeply, or holds itself by an anchor (`&name`)" if endless else f"cannot be read: {error}"
+        where = " or ".join(map(display_path, _find_unreadable(config_dir, error))) or display_path(config_dir)
+        return ConfigError([Fault("", text, where=where)])
+    return _invalid_value(error, config_dir, overrides)
+
+
+def _find_unreadable(config_dir: Path, known: Exception) -> list[Path]:
+    """The files below `config_dir` that a YAML reader fails on in this way."""
+    from yaml import SafeLoader, YAMLError, load
+
+    found = []
+    for file in _yaml_files(config_dir):
+        try:
+            load(file.read_text(encoding="utf-8"), SafeLoader)
+        except (OSError, ValueError, AttributeError, YAMLError, RecursionError) as error:
+            if type(error) is type(known) and (isinstance(known, RecursionError) or str(error) == str(known)):
+                found.append(file)
+    return found[:3]
+
+
+def _yaml_files(config_dir: Path) -> list[Path]:
+    """The YAML files of a config directory, its groups and their groups; no deeper: it may be somebody's home."""
+    found = (file for pattern in ("*.yaml", "*/*.yaml", "*/*/*.yaml") for file in config_dir.glob(pattern))
+    return sorted(file for file in found if file.is_file())
+
+
+def _missing_config(text: str, missing: str, config_dir: Path) -> UserError:
+    missing = missing.removesuffix(".yaml")
+    files = [file.relative_to(config_dir).with_suffix("") for file in _yaml_files(config_dir)]
+    there = sorted(str(file) for file in files if len(file.parts) == len(Path(missing).parts))
+    expected = f"one of {', '.join(there)}" if 0 < len(there) <= 12 else None
+    near = find_nearest(missing, there)
+    return ConfigError([Fault("", text.splitlines()[0], None if near else expected, near, display_path(config_dir))])
+
+
+def _find_numbers_for_files(config_dir: Path, overrides: Sequence[str]) -> list[Fault]:
+    """A fault for each group whose file is chosen by a bare number (`train: 32`), which Hydra takes for no name."""
+    from yaml import BaseLoader, YAMLError, load
+
+    chosen = [(f"override `{word}`", *word.lstrip("+").partition("=")[::2]) for word in overrides]
+    for file in sorted(config_dir.glob("*.yaml")):
+        try:
+            tree = load(file.read_text(encoding="utf-8"), BaseLoader)
+        except (OSError, ValueError, YAMLError, RecursionError):
+            continue
+        listed = tree.get("defaults") if isinstance(tree, dict) else None
+        rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+        chosen += [(display_path(file), str(group), str(value)) for row in rows for group, value in row.items()]
+    faults = []
+    for where, group, value in chosen:
+        names = sorted(file.stem for file in (config_dir / group).glob("*.yaml")) if group.isidentifier() else []
+        if names and value not in names and re.fullmatch(r"[\d_.]+", value):
+            near = find_nearest(f"{group}/{value}", [f"{group}/{name}" for name in names])
+            text = f"{group}/{value}: the name of a file, not a number, chooses a file"
+            faults.append(Fault("defaults", text, None if near else f"one of {', '.join(names)}", near, where))
+    return faults
+
+
+def _invalid_value(error: Exception, config_dir: Path, overrides: Sequence[str]) -> UserError:
+    """What Hydra or OmegaConf refuses to compose: its own words, and the file or the override that they are about."""
+    from omegaconf.errors import GrammarParseError
+
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    hints = [line for line in lines[1:] if line.startswith(("To append", "Either", "Or"))]
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).removesuffix(".") if lines else ""
+    if cause is not error and str(cause):
+        text += (": " if text else "") + str(cause).splitlines()[0]
+    if isinstance(cause, GrammarParseError):
+        text = f"is not an interpolation that can be read ({text}); expected `${{dotted.path}}`"
+    key = str(getattr(cause, "full_key", None) or "")
+    override = next((word for word in overrides if key and word.lstrip("+~").split("=", 1)[0] == key), None)
+    override = override or next((word for word in overrides if f"'{word.lstrip('+~').split('=', 1)[0]}'" in text), None)
+    siblings = getattr(cause, "parent_node", None)
+    near = None
+    if override and siblings is not None and isinstance(getattr(cause, "key", None), str):
+        near = find_nearest(str(getattr(cause, "key", "")), [str(name) for name in siblings])
+    places = [f"override `{override}`"] if override else _find_key(config_dir, key) if key else []
+    where = places[0] if len(places) == 1 else display_path(config_dir)
+    path = "" if override else key
+    text = ". ".join([text[:1].lower() + text[1:] if path else text, *hints])
+    return ConfigError([Fault(path, text or type(error).__name__, None, near, where)])
+
+
+def _find_key(config_dir: Path, key: str) -> list[str]:
+    """Every file and line below `config_dir` where this key stands."""
+    from yaml import YAMLError
+
+    from flagscale.runner.config.origins import read_lines
+
+    places = []
+    for file in _yaml_files(config_dir):
+        try:
+            places += [f"{display_path(file)}:{line}" for path, line in read_lines(file, "") if path == key]
+        except (OSError, ValueError, YAMLError, RecursionError):
+            continue
+    return places

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from flagscale import env
 from flagscale.runner.config.section import Section
 
 Seconds = float
@@ -24,12 +25,14 @@ DEFAULT_BACKENDS: dict[TaskType, str] = {
 }
 
 
-
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OF_BASH = frozenset(
-    "_ BASHOPTS BASHPID BASH_ARGC BASH_ARGV BASH_ARGV0 BASH_COMMAND BASH_LINENO BASH_SOURCE BASH_SUBSHELL BASH_VERSINFO "
-    "COMP_WORDBREAKS DIRSTACK EPOCHREALTIME EPOCHSECONDS EUID FUNCNAME GROUPS HISTCMD LINENO PIPESTATUS PPID RANDOM "
-    "SECONDS SHELLOPTS SHLVL SRANDOM UID".split()
+    {
+        *("_", "BASHOPTS", "BASHPID", "BASH_ARGC", "BASH_ARGV", "BASH_COMMAND", "BASH_LINENO"),
+        *("BASH_SOURCE", "BASH_SUBSHELL", "BASH_VERSINFO", "OPTIND", "DIRSTACK", "EPOCHREALTIME"),
+        *("EPOCHSECONDS", "EUID", "FUNCNAME", "GROUPS", "HISTCMD", "LINENO", "PIPESTATUS", "PPID", "RANDOM"),
+        *("SECONDS", "SHELLOPTS", "SHLVL", "SRANDOM", "UID"),
+    }
 )
 """variables that bash sets itself: a value given to one does not arrive"""
 
@@ -37,6 +40,8 @@ _OF_BASH = frozenset(
 def _check_variable(name: str) -> str:
     if not _VARIABLE.fullmatch(name):
         raise ValueError("a name of a variable: letters, digits and _, no digit first")
+    if name in (env.RUN_TOKEN, env.RANK_DIR):
+        raise ValueError("another name: the launcher itself sets this variable")
     if name in _OF_BASH:
         raise ValueError("another name: bash sets this variable itself")
     return name

@@ -99,7 +99,9 @@ def _annotation_at(annotation: Any, key: str) -> Any:
     """What stands below an annotation at a key or an index; None where that is anything."""
     inner = _members(annotation)[0] if annotation is not None else None
     if isinstance(inner, type) and issubclass(inner, BaseModel):
-        return next((field.annotation for name, field in inner.model_fields.items() if key in (name, field.alias)), None)
+        return next(
+            (field.annotation for name, field in inner.model_fields.items() if key in (name, field.alias)), None
+        )
     arguments = get_args(inner)
     return arguments[-1] if get_origin(inner) in (dict, list) and arguments else None
 

@@ -70,6 +70,8 @@ class _Loader:
         self.cwd = cwd
         self.faults: list[Fault] = []
         self.warnings: list[Fault] = []
+        self.is_partial = False
+        """whether the task section was loaded without keys that it should not have: sizes may be missing from it"""
         unusable = [*_find_unusable(composed.values, ""), *_find_unusable({"exp_dir": str(cwd)}, "experiment")]
         if unusable:
             raise ConfigError(composed.locate(unusable))
@@ -91,12 +93,16 @@ class _Loader:
         if task is not None:
             policy = experiment.task.unknown_args if experiment else "error"
             backend = experiment.task.backend if experiment else None
-            checked = check_task(task, self._task_type(), backend, policy, hosts, self.composed.references)
+            whole = hosts if not self.is_partial else ()
+            checked = check_task(task, self._task_type(), backend, policy, whole, self.composed.references)
             arguments = checked.arguments
             self.faults += checked.faults
             self.warnings += checked.warnings
-        chip_arguments = self._read_overlay("device_type_specific")
-        host_arguments = self._read_overlay("node_specific")
+        if experiment is not None and experiment.task.entrypoint is None and not isinstance(task, tuple | None):
+            text = f"is missing: a task of type {self._task_type()} needs one"
+            self.faults.append(Fault("experiment.task.entrypoint", text, expected="a script or a module"))
+        chip_arguments = self._read_overlay("device_type_specific", experiment)
+        host_arguments = self._read_overlay("node_specific", experiment)
         if self.faults or experiment is None or task is None:
             raise ConfigError([mask_fault(fault, hidden) for fault in self._locate(self.faults)])
         return Config(
@@ -172,6 +178,9 @@ class _Loader:
                 return model.model_validate(raw)
             except ValidationError as error:
                 pruned = self._without_references(raw, error, path)
+                if pruned is None and model is Train:
+                    pruned = self._without_unknown(raw, error)
+                    self.faults += read_faults(error, model, path) if pruned is not None else []
                 if pruned is None or pruned == raw:
                     self.faults += read_faults(error, model, path)
                     return None
@@ -185,6 +194,16 @@ class _Loader:
             if row["type"] == "extra_forbidden" and self._is_referenced(dotted):
                 return _without(raw, location)
         return None
+
+    def _without_unknown(self, raw: Any, error: ValidationError) -> Any:
+        """The section without its unknown keys, so that its arguments are checked too; None where more is wrong."""
+        rows = error.errors(include_url=False, include_context=False)
+        if any(row["type"] != "extra_forbidden" for row in rows):
+            return None
+        self.is_partial = True
+        for row in rows:
+            raw = _without(raw, row["loc"])
+        return raw
 
     def _is_referenced(self, path: str) -> bool:
         return any(name == path or name.startswith(path + ".") for name in self.composed.references)
@@ -208,13 +227,21 @@ class _Loader:
                     self.warnings.append(Fault(f"experiment.{key}.{name}", text, suggestion=near))
         return hosts
 
-    def _read_overlay(self, key: str) -> dict[str, dict[str, Any]]:
+    def _read_overlay(self, key: str, experiment: Experiment | None) -> dict[str, dict[str, Any]]:
+        from flagscale.runner.config.checks import Checked, check_overlay
+
         raw = self.tree.get(key)
         rows = {name: values for name, values in raw.items() if values is not None} if isinstance(raw, dict) else {}
         if not isinstance(raw, dict | None) or not all(isinstance(values, dict) for values in rows.values()):
             self.faults.append(Fault(key, "cannot be read", expected="a mapping of names to mappings"))
             return {}
-        return {str(name): {str(k).replace("-", "_"): v for k, v in values.items()} for name, values in rows.items()}
+        read = {str(name): {str(k).replace("-", "_"): v for k, v in values.items()} for name, values in rows.items()}
+        if experiment is not None and experiment.task.type == "train" and experiment.task.backend in (None, "megatron"):
+            checked = Checked()
+            check_overlay(checked, key, read, experiment.task.unknown_args, self.composed.references)
+            self.faults += checked.faults
+            self.warnings += checked.warnings
+        return read
 
     def _locate(self, faults: list[Fault]) -> list[Fault]:
         return self.composed.locate([replace(fault, path=_move(fault.path, self.written)) for fault in faults])

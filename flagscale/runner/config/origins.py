@@ -49,7 +49,7 @@ class Origins:
         for merged in defaults:
             file = config_dir / f"{merged.name}.yaml"
             if file.is_file():
-                for path, line in _lines(file, merged.package):
+                for path, line in read_lines(file, merged.package):
                     places.setdefault(path, []).append(f"{display_path(file)}:{line}")
         for override in overrides:
             key = override.lstrip("+~").split("=", 1)[0].split("@", 1)[0]
@@ -71,7 +71,8 @@ class Origins:
         return found[-1] if found else self.fallback
 
 
-def _lines(file: Path, package: str) -> Iterator[tuple[str, int]]:
+def read_lines(file: Path, package: str) -> Iterator[tuple[str, int]]:
+    """(dotted path, line) of every key of a YAML file, as it stands in the composed configuration."""
     with file.open(encoding="utf-8") as stream:
         root = yaml.compose(stream, Loader=yaml.SafeLoader)
     if isinstance(root, yaml.MappingNode):
@@ -89,5 +90,8 @@ def _walk(node: yaml.Node, path: str) -> Iterator[tuple[str, int]]:
         children = [(str(index), value, value.start_mark.line + 1) for index, value in enumerate(node.value)]
     for name, value, line in children:
         here = f"{path}.{name}" if path else name
+        if name == "<<":
+            yield from _walk(value, path)
+            continue
         yield here, line
         yield from _walk(value, here)

@@ -177,7 +177,7 @@ def _check_stages(sizes: _Sizes) -> Iterator[Fault]:
             uneven.append(f"{name}: {given}")
     path = sizes.path("pipeline_model_parallel_size")
     left = f" ({', '.join(uneven)} leave {middle_layers} layers for {middle_stages} stages)" if uneven else ""
-    if middle_layers < 0 or (middle_stages > 0 and middle_layers % middle_stages):
+    if middle_layers < 0 or (middle_layers % middle_stages if middle_stages > 0 else middle_layers):
         yield Fault(path, f"{stages} stages do not divide num_layers: {layers}{left}")
         return
     per_chunk = sizes.find("num_layers_per_virtual_pipeline_stage")

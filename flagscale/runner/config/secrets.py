@@ -41,7 +41,10 @@ def find_secrets(
     sources = {name: name for name in names}
     hidden: set[str] = set()
     faults: list[Fault] = []
-    for path, name, value in _environment_entries(values):
+    entries = {path: (name, value) for path, name, value in _environment_entries(values)}
+    # one that is null stands no longer among the values, and is a secret of that source all the same
+    left_out = {path: (path.rpartition(".")[2], None) for path in environment if _is_environment(path)}
+    for path, (name, value) in (left_out | entries).items():
         raw = environment.get(path, "")
         whole = _FROM_ENVIRONMENT.fullmatch(raw)
         if whole and (name in names or whole[1] in names):

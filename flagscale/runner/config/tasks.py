@@ -7,7 +7,7 @@ backend's argument catalogue by `arguments.py`.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from flagscale.runner.config.section import Section
 
@@ -33,7 +33,7 @@ class Train(Section):
 class Generate(Section):
     """What to generate: prompts for a language model, or what the pipeline of another loader takes."""
 
-    model_config = {**Section.model_config, "extra": "allow"}
+    model_config = ConfigDict(extra="allow")
 
     prompts: list[str] | None = None
     sampling: Arguments = Field(default_factory=dict)
@@ -108,7 +108,7 @@ class Compress(Section):
 class Rl(Section):
     """`rl`: the name of verl's base configuration, and the tree of overrides laid over it."""
 
-    model_config = {**Section.model_config, "extra": "allow", "populate_by_name": True}
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
 
     config_path: str | None = Field(default=None, alias="config-path")
     config_name: str | None = Field(default=None, alias="config-name")

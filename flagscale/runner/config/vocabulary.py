@@ -95,7 +95,7 @@ TRANSLATIONS: dict[str, Translate] = {
 
 
 def translate_engine_args(
-    engine: str, common: Mapping[str, Any], specific: Mapping[str, Mapping[str, Any]], path: str
+    engine: str, common: Mapping[str, Any], specific: Mapping[Any, Mapping[str, Any]], path: str
 ) -> tuple[GivenArgument, ...]:
     """The arguments of one model in its engine's own words, nulls left out.
 

@@ -1,6 +1,7 @@
 """What the plans of all task types share: folders, environments, and a Ray cluster where several hosts need one."""
 
 import posixpath
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from flagscale.errors import UserError
 from flagscale.runner.config.experiment import DEFAULT_BACKENDS
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.config.load import Config
-from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec
+from flagscale.runner.config.tasks import Train
+from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, ProcessSpec, Word
 from flagscale.runner.plan.site import Site
 
 LOG_DIRS = {
@@ -20,6 +22,10 @@ LOG_DIRS = {
     "serve": "serve_logs",
     "compress": "compress_logs",
 }
+
+
+_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
+_KEYWORDS = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n"})
 
 
 @dataclass(frozen=True)
@@ -43,16 +49,24 @@ class Outputs:
 
 
 def find_outputs(config: Config) -> Outputs:
-    """`exp_dir` and `runner.log_dir` are relative to the folder in which the command was typed."""
+    """`exp_dir` and the log folder are relative to the folder in which the command was typed."""
     exp_dir = resolve_path(config, config.experiment.exp_dir)
-    named = config.experiment.runner.log_dir
+    named = config.experiment.runner.log_dir or _find_logging_dir(config)
     return Outputs(
         exp_dir, resolve_path(config, named) if named else posixpath.join(exp_dir, LOG_DIRS[config.task_type])
     )
 
 
+def _find_logging_dir(config: Config) -> str | None:
+    """`train.system.logging.log_dir`, where FlagScale's task files name it."""
+    logging = config.task.system.get("logging") if isinstance(config.task, Train) else None
+    named = logging.get("log_dir", logging.get("log-dir")) if isinstance(logging, dict) else None
+    return str(named) if named else None
+
+
 def resolve_path(config: Config, path: str) -> str:
-    return posixpath.normpath(posixpath.join(str(config.cwd), path))
+    """The path from the folder in which the command was typed; an address such as `msc://..` as it is."""
+    return path if "://" in path else posixpath.normpath(posixpath.join(str(config.cwd), path))
 
 
 def backend_of(config: Config) -> str:
@@ -130,6 +144,17 @@ def master_of(config: Config) -> str:
     return config.experiment.runner.master_addr or config.hosts[0].name
 
 
+def address_of(host: str, port: int | str) -> str:
+    """`host:port`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def master_endpoint(config: Config, host: str) -> Word:
+    """Where ranks meet: the configuration's port, or the one that is chosen at launch."""
+    port = config.experiment.runner.master_port
+    return address_of(host, port) if port else AtLaunch("master_port", address_of(host, ""))
+
+
 def plan_ray(
     config: Config, site: Site, host: Host, node_rank: int, env: tuple[tuple[str, str], ...]
 ) -> tuple[ProcessSpec, ...]:
@@ -141,7 +166,7 @@ def plan_ray(
     if node_rank == 0:
         argv += ("--head", "--port", str(runner.ray_port), "--dashboard-port", str(runner.ray_dashboard_port))
     else:
-        argv += ("--address", f"{master_of(config)}:{runner.ray_port}")
+        argv += ("--address", address_of(master_of(config), runner.ray_port))
     chip = find_chip(host.chip) if host.chip else None
     if host.chip is None or (chip is not None and chip.device == "cuda"):
         argv += ("--num-gpus", str(host.slots))
@@ -154,5 +179,14 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     """A task section as the file that its entry point reads."""
     import yaml
 
-    text: str = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    class Dumper(yaml.SafeDumper):
+        """Strings in quotes, unless they are plain words: readers differ on what `1e-5`, `on` or `12:30` are."""
+
+    def represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        style = None if _PLAIN.fullmatch(text) and text.lower() not in _KEYWORDS else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+    Dumper.add_representer(str, represent)
+    Dumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
+    text: str = yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return text

@@ -1,6 +1,5 @@
 """`plan_serve`: an engine process for each model, over as many hosts as there are."""
 
-import json
 from typing import Any
 
 from flagscale.errors import UserError
@@ -14,13 +13,14 @@ from flagscale.runner.plan.common import (
     dump_yaml,
     environment_of,
     find_outputs,
+    master_endpoint,
     master_of,
     plan_host,
     plan_job,
     plan_ray,
     require_entrypoint,
 )
-from flagscale.runner.plan.job import AtLaunch, JobPlan, ProcessSpec, Word, freeze
+from flagscale.runner.plan.job import JobPlan, ProcessSpec, Word, freeze
 from flagscale.runner.plan.site import Site
 
 LOOPBACK = "127.0.0.1"
@@ -111,8 +111,7 @@ def _engine_arguments(config: Config, host: Host, index: int, model: ServeModel)
     if runner.deploy.port and len(config.arguments) == 1:
         laid_over["port"] = runner.deploy.port
     if runner.cli_args is not None:
-        told = runner.cli_args.engine_args or {}
-        laid_over |= json.loads(told) if isinstance(told, str) else told
+        laid_over |= runner.cli_args.engine_args
         laid_over |= {"model": runner.cli_args.model_path} if runner.cli_args.model_path else {}
         laid_over |= {"port": runner.cli_args.port} if runner.cli_args.port else {}
     assert model.engine is not None
@@ -124,7 +123,5 @@ def _engine_arguments(config: Config, host: Host, index: int, model: ServeModel)
 def _sglang_nodes(config: Config, node_rank: int) -> tuple[Word, ...]:
     if len(config.hosts) == 1:
         return ()
-    runner = config.experiment.runner
-    address = master_of(config)
-    endpoint: Word = f"{address}:{runner.master_port}" if runner.master_port else AtLaunch("master_port", f"{address}:")
+    endpoint = master_endpoint(config, master_of(config))
     return ("--node-rank", str(node_rank), "--nnodes", str(len(config.hosts)), "--dist-init-addr", endpoint)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flagscale.chips import find_chip
+from flagscale.runner.config.arguments import read_switch
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.config.load import Config
 from flagscale.runner.plan.common import (
@@ -13,10 +14,12 @@ from flagscale.runner.plan.common import (
     bin_dirs_of,
     environment_of,
     find_outputs,
+    master_endpoint,
     master_of,
     plan_host,
     plan_job,
     require_entrypoint,
+    resolve_path,
 )
 from flagscale.runner.plan.job import AtLaunch, JobPlan, ProcessSpec, Word, freeze
 from flagscale.runner.plan.site import Site
@@ -38,6 +41,7 @@ PASSED_TO_TORCHRUN = (
     "numa_binding",
     "signals_to_handle",
 )
+MADE_FOLDERS = ("save", "tensorboard_dir", "wandb_save_dir")
 OWN_ENTRYPOINTS = ("flagscale/train/train_gpt.py",)
 """entry points that tell when a rank is past its start"""
 
@@ -56,7 +60,7 @@ def plan_train(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
             node_rank = config.experiment.runner.node_rank or 0
             first_rank = node_rank * host.slots
         process = _plan_torchrun(config, site, outputs, folders, host, len(hosts), node_rank, first_rank)
-        made = tuple(folders[name] for name in ("save", "tensorboard_dir", "wandb_save_dir") if name in folders)
+        made = tuple(folders[name] for name in MADE_FOLDERS if "://" not in folders.get(name, "://"))
         rows.append(plan_host(config, outputs, host, node_rank, (process,), make_dirs=made))
         if not config.experiment.runner.per_node_task:
             first_rank += host.slots
@@ -64,12 +68,12 @@ def plan_train(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
 
 
 def _training_folders(config: Config, outputs: Outputs) -> dict[str, str]:
-    """Megatron's output folders: what the user gave, else the contract's places under `exp_dir`."""
+    """Megatron's folders: what the user gave, relative like `exp_dir`, else the contract's places below that."""
     if backend_of(config) != "megatron":
         return {}
     given = {argument.name: argument.value for argument in config.arguments[0]}
     return {
-        name: given.get(name) or posixpath.join(outputs.exp_dir, folder)
+        name: resolve_path(config, str(given.get(name) or posixpath.join(outputs.exp_dir, folder)))
         for name, folder in (
             ("save", "checkpoints"),
             ("load", "checkpoints"),
@@ -128,9 +132,7 @@ def _torchrun_options(config: Config, outputs: Outputs, host: Host, num_hosts: i
         if value is not True:
             words.append(str(value))
     address = "localhost" if alone else master_of(config)
-    endpoint: Word = runner.rdzv_endpoint or (
-        f"{address}:{runner.master_port}" if runner.master_port else AtLaunch("master_port", f"{address}:")
-    )
+    endpoint: Word = runner.rdzv_endpoint or master_endpoint(config, address)
     label = f"host_{node_rank}_{host.name}"
     words += ["--rdzv-id", str(runner.rdzv_id) if runner.rdzv_id is not None else AtLaunch("run_id")]
     words += ["--nnodes", str(1 if alone else num_hosts), "--node-rank", str(0 if alone else node_rank)]
@@ -149,12 +151,7 @@ def _arguments(
     merged: dict[str, Any] = dict(chip.backend_args.get(backend_of(config), {})) if chip else {}
     merged |= folders
     for argument in config.arguments[0]:
-        if argument.value is not None:
+        if argument.value is not None and argument.name not in folders:
             merged[argument.name] = argument.value
-    merged |= {name: _switch(value) for name, value in overlay.items()}
+    merged |= {name: read_switch(value) for name, value in overlay.items()}
     return tuple((name, freeze(value)) for name, value in merged.items() if value is not None)
-
-
-def _switch(value: Any) -> Any:
-    """The contract writes a switch of one host as the string "true" or "false"."""
-    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value

@@ -5,7 +5,10 @@ contract's plain rule: true is the bare flag, false is nothing, a list is its it
 """
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -27,10 +30,21 @@ def _thaw(value: Any) -> Any:
     return dict(value)
 
 
+_NEGATIVE = re.compile(r"-\d+|-\d*\.\d+")
+"""the negative numbers that argparse knows for a value: `-1e-05` is to it an option"""
+
+
 def _with_flag(flag: str, word: str) -> tuple[str, ...]:
     """The flag and its value; joined by `=` where argparse would take the value for another option."""
-    is_number = word[1:].replace(".", "", 1).replace("e-", "", 1).replace("e", "", 1).isdecimal()
-    return (f"{flag}={word}",) if word.startswith("-") and not is_number else (flag, word)
+    return (f"{flag}={word}",) if word.startswith("-") and not _NEGATIVE.fullmatch(word) else (flag, word)
+
+
+def _render_item(value: Any) -> str:
+    """One of several values behind a flag, where `=` cannot help."""
+    word = render_value(value)
+    if isinstance(value, float) and word.startswith("-") and not _NEGATIVE.fullmatch(word) and math.isfinite(value):
+        return format(Decimal(word), "f")
+    return word
 
 
 def render_option(name: str, value: Any, argument: Argument | None) -> tuple[str, ...]:
@@ -47,7 +61,7 @@ def render_option(name: str, value: Any, argument: Argument | None) -> tuple[str
         items = value if isinstance(value, tuple | list) else (value,)
         return tuple(word for item in items for word in _with_flag(flag, render_value(item)))
     if isinstance(value, tuple | list) and (argument is None or argument.takes_list):
-        return (flag, *map(render_value, value))
+        return (flag, *map(_render_item, value))
     if argument is not None and argument.nargs in ("?", "*") and value is True:
         return (flag,)
     return _with_flag(flag, render_value(value))

@@ -21,6 +21,21 @@ def _quoted_argv(argv: tuple[str, ...]) -> str:
     return " \\\n  ".join(" ".join(line) for line in lines)
 
 
+def _prepend(name: str, folders: tuple[str, ...]) -> str:
+    return f"export {name}={':'.join(map(shlex.quote, folders))}${{{name}:+:${name}}}"
+
+
+def _exports(process: ProcessSpec, values: Mapping[LaunchName, str] | None) -> list[str]:
+    """The environment; what the process needs on PATH and PYTHONPATH stays before what the user puts there."""
+    lines = [f"export {name}={shlex.quote(bind_word(value, values))}" for name, value in process.env]
+    named = {name for name, _ in process.env}
+    if process.path_dirs:
+        lines.append(_prepend("PYTHONPATH", process.path_dirs))
+    if process.bin_dirs and "PATH" in named:
+        lines.append(_prepend("PATH", process.bin_dirs))
+    return lines
+
+
 def render_script(
     plan: JobPlan, host: HostPlan, process: ProcessSpec, values: Mapping[LaunchName, str] | None = None
 ) -> str:
@@ -34,15 +49,17 @@ def render_script(
         f"cd -- {shlex.quote(process.cwd)} || exit 1",
     ]
     if process.bin_dirs:
-        lines.append(f"export PATH={':'.join(map(shlex.quote, process.bin_dirs))}${{PATH:+:$PATH}}")
+        lines.append(_prepend("PATH", process.bin_dirs))
     lines += [f"mkdir -p -- {shlex.quote(path)} || exit 1" for path in host.make_dirs]
     if host.before_start:
         lines += [
             host.before_start.rstrip("\n"),
-            'status=$?; [ "$status" -eq 0 ] || { echo "before_start failed with exit code $status" >&2; exit "$status"; }',
+            "",  # a backslash at the end of the user's code must not swallow the line that looks at its status
+            'status=$?; [ "$status" -eq 0 ] || {',
+            '  echo "before_start failed with exit code $status" >&2; exit "$status"',
+            "}",
+            f"cd -- {shlex.quote(process.cwd)} || exit 1",
         ]
-    if process.path_dirs:
-        lines.append(f"export PYTHONPATH={':'.join(map(shlex.quote, process.path_dirs))}${{PYTHONPATH:+:$PYTHONPATH}}")
-    lines += [f"export {name}={shlex.quote(bind_word(value, values))}" for name, value in process.env]
+    lines += _exports(process, values)
     lines.append(f"exec {_quoted_argv(render_argv(process, values))}")
     return "\n".join(lines) + "\n"

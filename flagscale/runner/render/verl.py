@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_BARE = re.compile(r"[A-Za-z_/.~][\w/.\-+~@]*")
+_BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.@+-]*")
 _KEYWORDS = frozenset({"true", "false", "null", "none", "nan", "inf", "yes", "no", "on", "off"})
 
 
