@@ -73,3 +73,17 @@ def test_a_default_that_is_on_is_switched_off_by_its_own_flag() -> None:
     assert catalogue_renderer("megatron")((("no_position_embedding", True), ("use_flash_attn", False)))[:1] == (
         "--no-position-embedding",
     )
+
+
+@pytest.mark.parametrize(("value", "word"), [(1e6, "1000000"), (500000.0, "500000"), ("1000000", "1000000")])
+def test_a_whole_number_that_yaml_reads_as_a_float_reaches_a_parser_of_ints(value: Any, word: str) -> None:
+    argument = load_catalogue("megatron").find("rotary_base")
+    assert argument is not None
+    assert argument.find_expected(value) is None
+    assert render_option("rotary_base", value, argument) == ("--rotary-base", word)
+
+
+def test_a_broken_number_is_no_whole_number() -> None:
+    argument = load_catalogue("megatron").find("rotary_base")
+    assert argument is not None
+    assert argument.find_expected(1.5) == "a whole number"

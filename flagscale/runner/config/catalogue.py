@@ -334,7 +334,8 @@ def _fits(wanted: ValueType, value: Any) -> bool:
         case "str":
             return isinstance(value, str | int | float) and not isinstance(value, bool)
         case "int":
-            return _is_int(value) or (isinstance(value, str) and _parses(int, value))
+            # YAML reads 1e6 as a float; a whole one is rendered as the int that the engine's parser wants
+            return _is_int(value) or _is_whole(value) or (isinstance(value, str) and _parses(int, value))
         case "float":
             return _is_int(value) or isinstance(value, float) or (isinstance(value, str) and _parses(float, value))
         case "size":
@@ -347,6 +348,10 @@ def _fits(wanted: ValueType, value: Any) -> bool:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
 
 
 def _parses(parse: Any, text: str) -> bool:

@@ -30,6 +30,13 @@ def _thaw(value: Any) -> Any:
     return dict(value)
 
 
+def _without_fractions(value: Any) -> Any:
+    """Whole floats as ints: YAML reads `1e6` as a float, which a parser of ints refuses."""
+    if isinstance(value, list | tuple):
+        return tuple(_without_fractions(item) for item in value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 _NEGATIVE = re.compile(r"-\d+|-\d*\.\d+")
 """the negative numbers that argparse knows for a value: `-1e-05` is to it an option"""
 
@@ -52,6 +59,8 @@ def render_option(name: str, value: Any, argument: Argument | None) -> tuple[str
     flag = argument.flag if argument else "--" + name.replace("_", "-")
     if value is None:
         return ()
+    if argument is not None and argument.type == "int":
+        value = _without_fractions(value)
     if argument is None or not argument.takes_value:
         if value is True:
             return (flag,)
