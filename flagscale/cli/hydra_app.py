@@ -83,7 +83,7 @@ def _translate(main: Callable[[], Any], exit_codes: list[int]) -> int:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from flagscale.runner.config.compose import translate_error
+    from flagscale.runner.config.hydra_errors import translate_error
 
     try:
         main()

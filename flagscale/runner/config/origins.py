@@ -12,6 +12,14 @@ from typing import Any
 import yaml
 
 
+def display_path(path: Path) -> str:
+    """The path as a user would type it from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
 @dataclass(frozen=True, slots=True)
 class Merged:
     """A file that Hydra merged: its path under the config directory, and the package it was put in (`train`)."""
@@ -43,8 +51,6 @@ class Origins:
     def read(
         cls, defaults: Sequence[Merged], config_dir: Path, config_name: str, overrides: Sequence[str]
     ) -> "Origins":
-        from flagscale.runner.config.compose import display_path
-
         places: dict[str, list[str]] = {}
         for merged in defaults:
             file = config_dir / f"{merged.name}.yaml"
