@@ -20,6 +20,7 @@ from flagscale.runner.config.experiment import TASK_TYPES, Experiment, TaskType
 from flagscale.runner.config.faults import read_faults, unknown_key
 from flagscale.runner.config.hostfile import Host, load_hostfile
 from flagscale.runner.config.hosts import choose_hosts
+from flagscale.runner.config.idle import find_idle
 from flagscale.runner.config.secrets import find_secrets, mask_fault, mask_secrets
 from flagscale.runner.config.spellings import unify_spellings
 from flagscale.runner.config.tasks import Compress, CustomServe, Inference, Rl, ServeModel, Train
@@ -90,6 +91,7 @@ class _Loader:
         arguments: tuple[tuple[GivenArgument, ...], ...] = ()
         if experiment is not None:
             hosts = self._load_hosts(experiment)
+            self.warnings += find_idle(experiment)
         if task is not None:
             policy = experiment.task.unknown_args if experiment else "error"
             backend = experiment.task.backend if experiment else None

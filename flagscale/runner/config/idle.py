@@ -1,0 +1,34 @@
+"""Settings that users' files hold, that load, and that this release does nothing with: told, never silently ignored."""
+
+from flagscale.errors import Fault
+from flagscale.runner.config.experiment import Experiment
+
+OF_RUNNER = {
+    "docker": "processes start on the host itself, not in a container",
+    "no_shared_fs": "the launcher writes scripts and logs where it runs",
+    "enable_monitoring": "every run is watched by its agent",
+    "hang_detection_timeout": "a run that hangs is not ended; `flagscale status` shows when it last moved",
+    "runtime_env": "the job's environment is that of `experiment.envs`",
+}
+OF_DEPLOY = {
+    "use_fs_serve": "each engine runs as a process of its own, without Ray Serve",
+    "working_dir": "engines start in the project's root",
+}
+
+
+def find_idle(experiment: Experiment) -> list[Fault]:
+    """A warning for each setting that was given and has no effect."""
+    runner, deploy = experiment.runner, experiment.runner.deploy
+    found = [("experiment.runner", name, OF_RUNNER[name]) for name in OF_RUNNER if name in runner.model_fields_set]
+    found += [
+        ("experiment.runner.deploy", name, OF_DEPLOY[name]) for name in OF_DEPLOY if name in deploy.model_fields_set
+    ]
+    holders = {"experiment.runner": runner, "experiment.runner.deploy": deploy}
+    warnings = [
+        Fault(f"{path}.{name}", f"has no effect in this release: {instead}")
+        for path, name, instead in found
+        if getattr(holders[path], name)
+    ]
+    if experiment.auto_tuner:
+        warnings.append(Fault("experiment.auto_tuner", "has no effect in this release: there is no tuner"))
+    return warnings
