@@ -195,6 +195,45 @@ def test_only_the_last_summary_counts_and_none_is_none() -> None:
     assert find_failures("Traceback ...\n") == []
 
 
+TRACEBACK = """Traceback (most recent call last):
+    File "torch/distributed/elastic/multiprocessing/errors/__init__.py", line 1, in wrapper
+      return f(*args, **kwargs)
+  ValueError: rank      : 77 (local_rank: 7)
+"""
+KILLED = render_row(0, 2, 2, -9, 202).replace("(pid: 202)", "(pid: 202) Signal 9 (SIGKILL) received by PID 202")
+
+
+def test_tracebacks_and_signals_between_the_rows_confuse_nothing() -> None:
+    others = "".join(
+        render_row(number, rank, rank, 1, 100 + rank).replace("something\n", TRACEBACK)
+        for number, rank in ((1, 0), (2, 1), (3, 3))
+    )
+    found = find_failures(render_summary(others, KILLED))
+    assert [(row["rank"], row["exit_code"], row["signal"], row["first"]) for row in found] == [
+        (2, None, "SIGKILL", True),
+        (0, 1, None, False),
+        (1, 1, None, False),
+        (3, 1, None, False),
+    ]
+
+
+def test_a_summary_cut_short_is_read_as_far_as_it_goes_and_names_no_first() -> None:
+    whole = render_summary("".join(render_row(n, n, n, 1, 10 + n) for n in range(1, 4)), render_row(0, 0, 0, -6, 10))
+    seen = {(row["rank"], row["pid"]) for row in find_failures(whole)}
+    root = whole.index("Root Cause")
+    for cut in range(len(whole)):
+        found = find_failures(whole[:cut])
+        assert {(row["rank"], row["pid"]) for row in found} <= seen
+        assert any(row["first"] for row in found) is (cut > root and len(found) == 4)
+    assert find_failures(whole[whole.index("Failures:") :]) == []
+
+
+@pytest.mark.parametrize("number", ["1,024", "1.024", "1\u202f024", "one", ""])
+def test_a_number_in_another_notation_is_passed_over(number: str) -> None:
+    odd = render_row(1, 7, 7, 1, 17).replace("7 (local", f"{number} (local")
+    assert [row["rank"] for row in find_failures(render_summary(odd, render_row(0, 3, 3, 1, 13)))] == [3]
+
+
 # --- the archive -----------------------------------------------------------------------------------------------------
 
 

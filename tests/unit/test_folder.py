@@ -6,10 +6,12 @@ import random
 import re
 import socket
 import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from flagscale.errors import FlagScaleError, LaunchError, RunError, UserError
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import folder, ports
-from flagscale.runner.launch.checks import choose_port, gather_secrets
+from flagscale.runner.launch.checks import check_programs, choose_port, gather_secrets
 from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder, remove_folders, write_all
 from flagscale.runner.launch.local import strip_secrets
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec, decode_plan
@@ -215,3 +217,83 @@ def test_a_free_port_lies_below_those_of_outgoing_connections() -> None:
     port = ports.find_free_port(random.Random(0))
     assert port is not None
     assert port in ports.CHOICE
+
+
+class Stubborn(random.Random):
+    """Draws one port again and again."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(0)
+        self.port = port
+
+    def choice(self, _ports: object) -> int:  # type: ignore[override]
+        return self.port
+
+
+def test_where_every_port_drawn_is_taken_there_is_none() -> None:
+    with socket.create_server(("", 0)) as server:
+        assert ports.find_free_port(Stubborn(server.getsockname()[1])) is None
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_a_port_taken_on_ipv6_alone_is_taken() -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        port = server.getsockname()[1]
+        assert not ports.is_port_free(port)
+        assert f"process {os.getpid()} (" in str(ports.find_port_owner(port))
+
+
+def test_a_port_that_outgoing_connections_use_is_free_to_listen_on() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        assert ports.find_port_owner(client.getsockname()[1]) is None
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+def with_process(tmp_path: Path, process: ProcessSpec, **fields: Any) -> JobPlan:
+    host = HostPlan(Host("localhost", 1), 0, (process,), **fields)
+    return replace(small_plan(tmp_path), hosts=(host,))
+
+
+def check(tmp_path: Path, process: ProcessSpec, **fields: Any) -> list[str]:
+    try:
+        check_programs(with_process(tmp_path, process, **fields), os.environ)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_programs_that_are_there_and_programs_that_are_not(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tool").write_text("")
+    here = str(tmp_path)
+    assert check(tmp_path, ProcessSpec("a", ("sh",), here)) == []
+    assert check(tmp_path, ProcessSpec("a", ("tool",), here)) == ["a on localhost: program `tool` is not on the PATH"]
+    unusable = [f"a on localhost: program {here}/bin/tool is missing or may not be executed"]
+    assert check(tmp_path, ProcessSpec("a", ("bin/tool",), here)) == unusable
+    (tmp_path / "bin" / "tool").chmod(0o755)
+    assert check(tmp_path, ProcessSpec("a", ("bin/tool",), here)) == []
+    assert check(tmp_path, ProcessSpec("a", ("tool",), here, bin_dirs=(f"{here}/bin",))) == []
+    assert check(tmp_path, ProcessSpec("a", (sys.executable, "-m", "json.tool"), here)) == []
+    missing = [f"a on localhost: module `nosuch` is not installed for {sys.executable}"]
+    assert check(tmp_path, ProcessSpec("a", (sys.executable, "-m", "nosuch.main"), here)) == missing
+    assert check(tmp_path, ProcessSpec("a", ("tool",), here), before_start="module load tool") == []
+
+
+def test_what_the_plan_itself_makes_is_not_missing(tmp_path: Path) -> None:
+    folder = f"{tmp_path}/new"
+    process = ProcessSpec("a", ("sh", "job.sh"), folder, entrypoint="job.sh")
+    assert check(tmp_path, process) == [f"a on localhost: its working folder {folder} is missing"]
+    assert check(tmp_path, process, make_dirs=(folder,)) == []
+    assert check(tmp_path, process, files=((f"{folder}/job.sh", "true"),)) == []
+    (tmp_path / "new").mkdir()
+    assert check(tmp_path, process) == [f"a on localhost: entry point {folder}/job.sh is missing"]
+    assert check(tmp_path, process, files=((f"{folder}/job.sh", "true"),)) == []
+
+
+def test_all_that_is_missing_is_told_at_once_and_once(tmp_path: Path) -> None:
+    host = HostPlan(Host("localhost", 1), 0, tuple(ProcessSpec(name, ("nosuch",), "/") for name in ("a", "b", "a")))
+    with pytest.raises(UserError) as caught:
+        check_programs(replace(small_plan(tmp_path), hosts=(host,)), {"PATH": "/bin"})
+    assert [line[0] for line in str(caught.value).splitlines()] == ["a", "b"]

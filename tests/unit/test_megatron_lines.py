@@ -32,6 +32,9 @@ SHORT = {
     " validation loss at iteration 6 on validation set | lm loss value: 5.135653E+00 | lm loss PPL: 1.699752E+02 | ": (
         "validation loss 5.1357 at iteration 6 · perplexity 169.98"
     ),
+    " test loss at iteration 50 | lm loss value: 2.105636E+00 | lm loss PPL: 8.212325E+00 | ": (
+        "test loss 2.1056 at iteration 50 · perplexity 8.21"
+    ),
 }
 KEPT = [
     "Traceback (most recent call last):",

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flagscale.cli.rerun import describe_git_change
+from flagscale.errors import LaunchError
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import folder, procs
 from flagscale.runner.launch.files import write_all
 from flagscale.runner.launch.folder import RunRef, ref_of
-from flagscale.runner.launch.record import load_events, load_record
-from flagscale.runner.launch.startup import describe_start
+from flagscale.runner.launch.record import load_events, load_record, load_records
+from flagscale.runner.launch.startup import check_alive, describe_start
 from flagscale.runner.monitor.state import encode_state, query_run
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec
 
@@ -129,6 +130,53 @@ def test_a_journal_cut_anywhere_is_read_and_never_says_more_than_it_holds(data: 
         assert (state == "succeeded") is (cut >= len(whole) - 1)
 
 
+def test_last_words_written_while_we_look_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path, [agent_started(False), *UP])
+    path = Path(run.load_spec(LABEL).events)
+    real = procs.is_same_alive
+
+    def end_meanwhile(pid: int, start_time: int) -> bool:
+        with path.open("a") as file:
+            file.write(json.dumps({"time": 1.0, "host": LABEL, **ENDED, "outcome": "succeeded"}) + "\n")
+        return real(pid, start_time)
+
+    monkeypatch.setattr(procs, "is_same_alive", end_meanwhile)
+    assert query_run(run).state == "succeeded"
+
+
+def test_what_a_record_says_of_its_output(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [{**agent_started(True), "output_start": 7}])
+    record = load_record(run, LABEL)
+    assert (record.output, record.output_start) == (run.output_path(LABEL), 7)
+    assert load_record(write_run(tmp_path / "other", []), LABEL).output_start == 0
+
+
+def test_a_failed_start_quotes_what_failed_first(tmp_path: Path) -> None:
+    log = tmp_path / "stderr.log"
+    log.write_text("".join(f"line {number}\n" for number in range(30)))
+    failed = {**ENDED, "outcome": "failed", "exit_code": 9, "reason": "rank 1 died", "source": str(log)}
+    run = write_run(tmp_path, [agent_started(False), failed])
+    for foreground, code in ((True, 9), (False, 1)):
+        with pytest.raises(LaunchError) as caught:
+            check_alive(run, load_records(run), foreground)
+        head, source, *lines = str(caught.value).splitlines()
+        assert head == f"run {RUN_ID} did not start: rank 1 died"
+        assert source == f"last lines of {log}:"
+        assert lines == [f"  line {number}" for number in range(10, 30)]
+        assert caught.value.exit_code == code
+
+
+def test_a_start_whose_watchers_are_gone_quotes_its_own_part_of_the_output(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [{**agent_started(False), "output_start": 6}])
+    run.output_path(LABEL).write_text("older\nmine\n")
+    with pytest.raises(LaunchError, match="the agent and the guard of host_0_localhost were killed") as caught:
+        check_alive(run, load_records(run), True)
+    assert str(caught.value).splitlines()[2:] == ["  mine"]
+    assert caught.value.exit_code == 1
+    check_alive(run, load_records(write_run(tmp_path, [agent_started(True)])), True)
+    check_alive(run, load_records(write_run(tmp_path, [agent_started(False), {**ENDED, "outcome": "succeeded"}])), True)
+
+
 def test_lines_that_are_no_events_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "events"
     path.write_text('{"event": "a"}\nnonsense\n[1]\n{"b": 1}\n{"event": "c"}')
@@ -139,7 +187,7 @@ def test_lines_that_are_no_events_are_passed_over(tmp_path: Path) -> None:
 def test_how_far_a_start_is(tmp_path: Path) -> None:
     def describe(events: list[dict[str, Any]], num_ranks: int) -> tuple[str, bool]:
         run = write_run(tmp_path, events, num_ranks)
-        return describe_start(small_plan(tmp_path / "exp", num_ranks), (load_record(run, LABEL),))
+        return describe_start((load_record(run, LABEL),))
 
     assert describe([agent_started(True), rank_started(0)], 2) == ("0 of 2 ranks up, 1 started", False)
     assert describe([agent_started(True), *UP], 2) == ("2 of 2 ranks up", True)
