@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +16,6 @@ from pathlib import Path
 from flagscale import env
 
 LEAST_FREE_BYTES = 5 * 1024**3
-PROBE_TIMEOUT_S = 10
 WIDE = 160
 """columns where the output is no terminal and has no width"""
 
@@ -74,25 +72,21 @@ def _machine() -> Iterator[Finding]:
 
 
 def _chips() -> Iterator[Finding]:
-    from flagscale.chips import CHIPS
+    from flagscale.chips import find_chip
+    from flagscale.chips.probe import probe_host
 
-    for chip in CHIPS:
-        if chip.discovery is None:
-            yield Finding("chips", chip.name, f"always there; device_type: {chip.aliases[0]}")
-        else:
-            yield Finding("chips", chip.name, _count_devices(chip.discovery))
-
-
-def _count_devices(tool: str) -> str | None:
-    program = shutil.which(tool)
-    if program is None:
-        return None
-    try:
-        listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{program} does not answer: {error}"
-    devices = [line for line in listed.stdout.splitlines() if line.strip()]
-    return f"{len(devices)} devices, says {program}" if listed.returncode == 0 else f"{program} finds no device"
+    probe = probe_host()
+    if probe.devices:
+        models = ", ".join(sorted({device.name or "of unknown model" for device in probe.devices}))
+        found = f"{len(probe.devices)} x {models}, says {probe.decided_by}; device_type: {probe.chip.aliases[0]}"
+        yield Finding("chips", probe.chip.name, found)
+    else:
+        remedy = None if probe.doubts else "flagscale devices --explain says where it was looked for"
+        yield Finding("chips", "accelerator", None, remedy)
+    for doubt in probe.doubts:
+        yield Finding("chips", doubt.chip, None, f"{doubt.source}: {doubt.reason}")
+    if cpu := find_chip("cpu"):
+        yield Finding("chips", cpu.name, f"always there; device_type: {cpu.aliases[0]}")
 
 
 def _training() -> Iterator[Finding]:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from flagscale.env import source_dir
 from flagscale.errors import FlagScaleError, UserError
 from flagscale.train.backend import check_transformer_config, parse_arguments, start_megatron, validate_arguments
 
@@ -32,8 +33,7 @@ def check_arguments(argv: Sequence[str], world_size: int) -> None:
     """
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     os.environ.update(environment)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(io.StringIO()):
         args = parse_arguments(argv)
         validate_arguments(args)
         check_transformer_config(args)
@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, default=1, help="number of ranks that the job will have (default 1)")
     parser.add_argument("--stdin", action="store_true", help="check one list for each JSON line of standard input")
     options = parser.parse_args(words[:at])
+    sys.path.append(str(source_dir("Megatron-LM")))  # a job's path has it; a user who only asks does not
+    warnings.simplefilter("ignore")  # Megatron warns of every optional package that is not there
     try:
         start_megatron(HOOK_SET)
         if options.stdin:
