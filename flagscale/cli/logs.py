@@ -11,13 +11,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "run", nargs="?", help="run id or its beginning, or an experiment folder (default: the newest run)"
     )
-    parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
-    parser.add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the run ends, and show what a person wants to see"
+    )
+    parser.add_argument("--all", action="store_true", help="with -f: every line as it was written")
+    parser.add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines of what is there")
     parser.add_argument("--rank", type=int, help="only this rank, from torchrun's own files")
     args = parser.parse_args(argv)
     if args.lines is not None and args.lines < 0:
         parser.error(f"--lines {args.lines}: expected 0 or more")
 
+    from flagscale.runner.monitor.follow import watch_job
     from flagscale.runner.monitor.logs import print_logs
     from flagscale.runner.monitor.runs import load_run
 
@@ -26,5 +30,9 @@ def main(argv: list[str]) -> int:
         if args.follow:
             sys.stdout.flush()
 
-    print_logs(load_run(args.run), write, rank=args.rank, num_lines=args.lines, follow=args.follow)
+    run = load_run(args.run)
+    if args.follow and args.rank is None and not args.all:
+        watch_job(run, args.lines)
+    else:
+        print_logs(run, write, rank=args.rank, num_lines=args.lines, follow=args.follow)
     return 0

@@ -32,13 +32,11 @@ def main(argv: list[str]) -> int:
     note = describe_git_change(job.get("git"), query_git(Path.cwd()))
     if note:
         print(f"note: {note}", file=sys.stderr)
+    print(f"starting the job of {old.run_id} again", file=sys.stderr)
     foreground = args.foreground or plan.foreground
     command = ["flagscale", "rerun", old.run_id]
     run = start_job(plan, config=job["config"], command=command, env=dict(os.environ), foreground=foreground)
-    if foreground:
-        return wait_job(run)
-    print(f"{run.run_id} is up: the job of {old.run_id} again")
-    return 0
+    return wait_job(run) if foreground else 0
 
 
 def describe_git_change(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str | None:

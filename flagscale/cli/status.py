@@ -56,7 +56,7 @@ def format_took(state: "RunState") -> str:
 def format_iteration(state: "RunState") -> str:
     from flagscale.runner.monitor.progress import format_progress
 
-    return format_progress([state.progress], None) if state.progress else "-"
+    return format_progress([state.progress], None, is_live=not state.has_ended) if state.progress else "-"
 
 
 def print_state(state: "RunState", all_ranks: bool) -> None:

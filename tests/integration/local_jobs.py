@@ -71,11 +71,11 @@ def list_left(run: RunRef) -> list[int]:
     return [proc.pid for proc in find_ours(token_of(run))]
 
 
-def wait_for(what: Callable[[], Any]) -> Any:
-    """The first true answer; a test that waits too long fails with what it waited for."""
-    deadline = time.monotonic() + PATIENCE_S
+def wait_for(what: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
+    """The first true answer; a test that waits too long fails."""
+    deadline = time.monotonic() + patience_s
     while not (found := what()):
-        assert time.monotonic() < deadline, f"waited {PATIENCE_S} s in vain"
+        assert time.monotonic() < deadline, f"waited {patience_s} s in vain"
         time.sleep(0.05)
     return found
 

@@ -1,21 +1,28 @@
 """Staying with jobs: what is shown of them, hosts side by side, stopping from several sides at once."""
 
+import io
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
-from local_jobs import list_left, plan_program, submit, wait_for
+from local_jobs import list_left, plan_program, start, submit, wait_for
 
 from flagscale.cli import logs, status, stop
 from flagscale.errors import LaunchError, RunError
 from flagscale.runner.config.hostfile import Host
+from flagscale.runner.launch import local
+from flagscale.runner.launch.ending import catch_interrupts
 from flagscale.runner.launch.folder import RunRef, hold_lock
 from flagscale.runner.launch.startup import show_progress
+from flagscale.runner.monitor import follow
 from flagscale.runner.monitor.follow import wait_job
 from flagscale.runner.monitor.logs import find_rank_tails
 from flagscale.runner.monitor.plot import plot_loss
@@ -39,31 +46,17 @@ def plan_two_hosts(exp_dir: Path, first: str, second: str) -> JobPlan:
     return replace(one, hosts=(*one.hosts, replace(other, host=Host("127.0.0.1", 1), node_rank=1)))
 
 
-def run_to_end(plan: JobPlan, quiet: bool = True) -> RunRef:
+def run_to_end(plan: JobPlan) -> RunRef:
     run = submit(plan)
-    wait_job(run, quiet=quiet)
+    wait_job(run)
     return run
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def test_quiet_shows_iterations_and_the_last_words_of_a_failure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = ["noise", ITERATION.format(1, 2, 5.0), "more noise", "the last word"]
-    code = "\n".join(f"echo '{line}'" for line in lines) + "\nexit 5"
-    run = submit(plan_program(tmp_path / "exp", "bash", "-c", code))
-    assert wait_job(run, quiet=True) == 5
-    shown = capsys.readouterr()
-    assert shown.out == "iteration 1/2 · loss 5.0000 · 100 ms · 0:00 left\n"
-    assert f"last lines of {run.output_path(run.labels[0])}:\n  noise\n" in shown.err
-    assert "  the last word\n" in shown.err
-    assert shown.err.endswith(f"run {run.run_id} failed: main ended with exit code 5\n")
-
-
 def test_two_hosts_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_to_end(plan_two_hosts(tmp_path / "exp", "echo one", "echo two"), quiet=False)
+    run = run_to_end(plan_two_hosts(tmp_path / "exp", "echo one", "echo two"))
     assert sorted(capsys.readouterr().out.splitlines()) == ["host_0_localhost | one", "host_1_127.0.0.1 | two"]
     assert logs.main([run.run_id]) == 0
     assert capsys.readouterr().out == "host_0_localhost | one\nhost_1_127.0.0.1 | two\n"
@@ -92,6 +85,80 @@ def test_progress_elsewhere_than_on_a_terminal_is_a_line_a_change(capsys: pytest
         for text in ("a", "a", "b", "a"):
             show(text)
     assert capsys.readouterr().err == "a\nb\na\n"
+
+
+def read_terminal(argv: list[str]) -> tuple[int, str]:
+    """The exit code of a program on a terminal of its own, and all that it wrote there."""
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
+    with subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env=env) as program:
+        os.close(theirs)
+        parts: list[bytes] = []
+        try:
+            while part := os.read(ours, 4096):
+                parts.append(part)
+        except OSError:  # how Linux says that nobody has the other end open any more
+            pass
+        os.close(ours)
+    return program.returncode, b"".join(parts).decode(errors="replace")
+
+
+def test_on_a_terminal_a_bar_tells_how_far_it_is(tmp_path: Path) -> None:
+    line = ITERATION.format("$i", "30", 5.0)
+    code = f'for i in $(seq 1 30); do echo "{line}"; sleep 0.05; done; echo "my own words"; sleep 0.5'
+    run = submit(plan_program(tmp_path / "exp", "bash", "-c", code))
+    argv = [sys.executable, "-c", "import sys; from flagscale.cli import main; sys.exit(main())", "logs", "-f"]
+    exit_code, shown = read_terminal([*argv, run.run_id])
+    assert exit_code == 0
+    assert "━" in shown
+    assert "iteration 30/30 · loss 5.0000 · 100 ms · 0:00 left" in shown
+    assert "my own words" in shown
+    kept = [line for line in shown.replace("\r", "\n").splitlines() if "iteration 3/30 " in line and "━" not in line]
+    assert kept, "every tenth of the way stays as a line"
+    assert not any("iteration 4/30 " in line and "━" not in line for line in shown.replace("\r", "\n").splitlines())
+
+
+def test_following_shows_what_a_person_wants_and_all_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["[default0]:done with setup ...", ITERATION.format(1, 2, 5.0), "[default0]:my own words"]
+    run = submit(plan_program(tmp_path / "exp", "bash", "-c", "\n".join(f"echo '{line}'" for line in lines)))
+    assert logs.main(["-f", run.run_id]) == 0
+    assert capsys.readouterr().out.splitlines() == ["iteration 1/2 · loss 5.0000 · 100 ms · 0:00 left", lines[2]]
+    assert logs.main(["-f", "-n", "1", run.run_id]) == 0
+    assert capsys.readouterr().out.splitlines() == [lines[2]]
+    for words in ([], ["-f", "--all"]):
+        assert logs.main([*words, run.run_id]) == 0
+        assert capsys.readouterr().out.splitlines() == lines
+    assert run.output_path(run.labels[0]).read_text().splitlines() == lines
+
+
+def test_another_backend_s_lines_are_all_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = replace(plan_program(tmp_path / "exp", "echo", "-" * 40), backend="vllm")
+    run_to_end(plan)
+    assert capsys.readouterr().out == "-" * 40 + "\n"
+
+
+def test_a_start_says_what_it_starts_and_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start(plan_program(tmp_path / "exp", "sleep", "600"))
+    shown = capsys.readouterr()
+    assert shown.err.startswith(
+        f"run {run.run_id}: small, train with megatron on localhost\n  outputs   {tmp_path}/exp\n"
+    )
+    assert f"  stop      flagscale stop {run.run_id}\n" in shown.err
+    assert shown.out == f"run {run.run_id}: 1 of 1 programs up; follow it with `flagscale logs -f {run.run_id}`\n"
+    stop_run(run, force=True)
+    start(plan_program(tmp_path / "other", "true", foreground=True))
+    shown = capsys.readouterr()
+    assert "  stop      Ctrl-C, or elsewhere flagscale stop " in shown.err
+    assert shown.out == ""
+
+
+def test_a_job_in_the_foreground_that_fails_at_the_start_gives_its_own_exit_code(tmp_path: Path) -> None:
+    for foreground, code in ((True, 7), (False, 1)):
+        with pytest.raises(LaunchError, match="main ended with exit code 7") as caught:
+            start(plan_program(tmp_path / "exp", "bash", "-c", "exit 7", foreground=foreground))
+        assert caught.value.exit_code == code
 
 
 def test_a_rank_without_files_is_an_error(tmp_path: Path) -> None:
@@ -124,9 +191,7 @@ def test_a_job_may_stop_itself(tmp_path: Path) -> None:
 
 
 def test_the_second_ctrl_c_ends_a_stubborn_job_at_once(tmp_path: Path) -> None:
-    run = submit(
-        plan_program(tmp_path / "exp", "bash", "-c", "trap '' TERM; echo armed; sleep 600 & wait; wait"), 600.0
-    )
+    run = submit(plan_program(tmp_path / "exp", *STUBBORN), 600.0)
     code = (
         "import sys; from flagscale.runner.monitor.runs import load_run; from flagscale.runner.monitor.follow import "
     )
@@ -143,6 +208,98 @@ def test_the_second_ctrl_c_ends_a_stubborn_job_at_once(tmp_path: Path) -> None:
         follower.communicate()
     assert follower.returncode == 143
     assert query_run(run).state == "stopped"
+    assert list_left(run) == []
+
+
+class Impatient(io.StringIO):
+    """A stream at whose other end someone presses Ctrl-C as soon as they read `word`."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word = word
+
+    def write(self, text: str) -> int:
+        if self.word in text:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+STUBBORN = ("bash", "-c", "trap '' TERM; echo armed; sleep 600 & wait; wait")
+
+
+def test_ctrl_c_while_the_first_one_is_being_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = submit(plan_program(tmp_path / "exp", *STUBBORN), 600.0)
+    monkeypatch.setattr(sys, "stdout", Impatient("armed"))
+    monkeypatch.setattr(sys, "stderr", Impatient("Ctrl-C again"))
+    assert wait_job(run) == 143
+    assert f"ending {run.run_id} at once" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert list_left(run) == []
+
+
+@pytest.mark.parametrize("is_storm", [False, True], ids=["once", "at every line from there on"])
+def test_no_line_of_the_waiting_is_unprotected(tmp_path: Path, is_storm: bool) -> None:
+    """Ctrl-C comes before the n-th line that is run once the waiting has begun, for each n of the first round."""
+    for number in range(2, 18, 3 if is_storm else 1):
+        run = submit(plan_program(tmp_path / str(number), "sleep", "600"))
+        seen = 0
+
+        def trace(frame: FrameType, event: str, _arg: object, number: int = number) -> Any:
+            nonlocal seen
+            if frame.f_code.co_filename != follow.__file__:
+                return None
+            if event == "line":
+                seen += 1
+                if seen == number or (is_storm and seen > number):
+                    os.kill(os.getpid(), signal.SIGINT)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            exit_code = wait_job(run)
+        finally:
+            sys.settrace(before)
+        assert (exit_code, query_run(run).state, list_left(run)) == (143, "stopped", [])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_leaves_a_job_that_is_only_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = submit(plan_program(tmp_path / "exp", "bash", "-c", "echo word; sleep 600"))
+    monkeypatch.setattr(sys, "stdout", Impatient("word"))
+    assert logs.main(["-f", run.run_id]) == 0
+    assert f"run {run.run_id} goes on; `flagscale logs -f" in capsys.readouterr().err
+    assert not query_run(run).has_ended
+    stop_run(run, force=True)
+
+
+def test_ctrl_c_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    run = submit(plan_program(tmp_path / "exp", "sleep", "600"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with catch_interrupts(run, stops_job=True) as interrupts:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.num == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert query_run(run).state != "stopping"
+    stop_run(run, force=True)
+
+
+def test_ctrl_c_during_the_hand_over_stops_what_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = local.hand_over
+
+    def hand_over_interrupted(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(*args)
+
+    monkeypatch.setattr(local, "hand_over", hand_over_interrupted)
+    with pytest.raises(LaunchError, match=r"interrupted; run .* is being stopped") as caught:
+        submit(plan_program(tmp_path / "exp", "sleep", "600"))
+    assert caught.value.exit_code == 130
+    run = load_run(tmp_path / "exp")
+    wait_for(lambda: query_run(run).state == "stopped")
     assert list_left(run) == []
 
 
@@ -205,6 +362,16 @@ def test_a_resumed_training_is_drawn_whole(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(RunError, match="cannot write"):
         plot_loss(run, tmp_path / "missing" / "picture.png")
+
+
+def test_each_run_tells_only_of_its_own_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    runs = [run_to_end(plan_program(tmp_path / "exp", "bash", "-c", print_losses(*part))) for part in ((1, 4), (5, 8))]
+    assert [(state.progress.iteration if state.progress else None) for state in map(query_run, runs)] == [4, 8]
+    for run, words in zip(runs, ("loss 8.0000 -> 5.0000 in 4 steps", "loss 4.0000 -> 1.0000 in 4 steps"), strict=True):
+        capsys.readouterr()
+        assert logs.main(["-f", run.run_id]) == 0
+        assert words in capsys.readouterr().err
 
 
 def test_without_losses_or_without_matplotlib_there_is_no_picture(

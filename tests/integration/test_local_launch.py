@@ -18,6 +18,7 @@ from flagscale.cli import list_runs, logs, rerun, status, stop
 from flagscale.errors import FlagScaleError, LaunchError, RunError, UserError
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch.folder import hold_lock
+from flagscale.runner.launch.record import load_record
 from flagscale.runner.monitor.follow import wait_job
 from flagscale.runner.monitor.runs import load_run
 from flagscale.runner.monitor.state import query_run
@@ -176,7 +177,7 @@ def test_each_run_shows_its_own_part_of_the_output(tmp_path: Path, capsys: pytes
     runs = []
     for word in ("first", "second"):
         runs.append(submit(plan_program(tmp_path / "exp", "echo", word)))
-        wait_job(runs[-1], quiet=True)
+        wait_job(runs[-1])
     capsys.readouterr()
     for run, word in zip(runs, ("first\n", "second\n"), strict=True):
         logs.main([run.run_id])
@@ -255,16 +256,22 @@ def test_a_job_that_fills_the_disk_is_still_told_of(small_disk: Path) -> None:
 # --- what the job is given -------------------------------------------------------------------------------------------
 
 
-def test_secrets_reach_the_job_and_stand_nowhere(tmp_path: Path) -> None:
-    plan = replace(
-        plan_program(tmp_path / "exp", "bash", "-c", 'echo "got ${#KEY}"; sleep 600'), secrets=(("KEY", "OUTER"),)
-    )
-    run = start(plan, env={**os.environ, "OUTER": "hunter2-hunter2"})
-    wait_for(lambda: "got 15" in run.output_path(LABEL).read_text())
+def test_secrets_reach_the_job_under_its_own_name_and_stand_nowhere(tmp_path: Path) -> None:
+    code = 'echo "got ${#KEY} ${#LISTED} ${OUTER-nothing}"; sleep 600'
+    plan = plan_program(tmp_path / "exp", "bash", "-c", code)
+    plan = replace(plan, secrets=(("KEY", "OUTER"), ("LISTED", "LISTED")))
+    run = start(plan, env={**os.environ, "OUTER": "hunter2-hunter2", "LISTED": "hunter2", "KEY": "hunter2-stale"})
+    wait_for(lambda: "got 15 7 nothing\n" in run.output_path(LABEL).read_text())
     for path in (*tmp_path.rglob("*"),):
         assert not path.is_file() or b"hunter2" not in path.read_bytes(), path
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         assert b"hunter2" not in line.read_bytes()
+    event = load_record(run, LABEL).find("agent_started")
+    assert event
+    for watcher in (event["pid"], event["guard"]):
+        environ = Path(f"/proc/{watcher}/environ").read_bytes()
+        assert b"PATH=" in environ
+        assert b"hunter2" not in environ
     stop_run(run, force=True)
 
 
@@ -297,9 +304,10 @@ def test_status_list_and_rerun(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert wait_job(first) == 0
     capsys.readouterr()
     assert rerun.main([first.run_id]) == 0
-    out = capsys.readouterr().out
-    assert f"the job of {first.run_id} again" in out
+    shown = capsys.readouterr()
     second = load_run()
+    assert f"starting the job of {first.run_id} again" in shown.err
+    assert shown.out.startswith(f"run {second.run_id}: ")
     assert second.run_id != first.run_id
     assert wait_job(second) == 0
     capsys.readouterr()

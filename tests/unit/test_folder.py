@@ -90,11 +90,11 @@ def test_what_a_user_can_do_about_it(number: int, kind: type[FlagScaleError], wo
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-@given(st.datetimes(timezones=st.just(timezone(timedelta(hours=5)))))
+@given(st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1), timezones=st.just(timezone(timedelta(hours=5)))))
 def test_run_ids_are_in_utc_and_known_again(when: datetime) -> None:
-    run_id = folder.make_run_id(when.replace(year=2026))
+    run_id = folder.make_run_id(when)
     assert folder.is_run_id(run_id)
-    assert run_id.startswith(f"{when.replace(year=2026).astimezone(UTC):%Y%m%dT%H%M%S}-")
+    assert run_id.startswith(f"{when.astimezone(UTC):%Y%m%dT%H%M%S}-")
     assert not folder.is_run_id(run_id + "/..")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flagscale.runner.launch.startup import last_lines
+from flagscale.runner.launch.journal import read_tail
 from flagscale.runner.monitor.logs import Tail, follow_lines
 
 
@@ -48,9 +48,11 @@ def test_following_ends_with_what_was_left_unfinished(tmp_path: Path) -> None:
     assert [line for _, line in follow_lines([tail], has_ended)] == ["one", "two", "three"]
 
 
-def test_last_lines(tmp_path: Path) -> None:
+def test_the_tail_of_a_part(tmp_path: Path) -> None:
     path = tmp_path / "output"
     path.write_text("a\nb\nc\n")
-    assert last_lines(path, 2) == ["b", "c"]
-    assert last_lines(path, 9, start=4) == ["c"]
-    assert last_lines(tmp_path / "missing", 2) == []
+    assert read_tail(path) == "a\nb\nc\n"
+    assert read_tail(path, start=4) == "c\n"
+    assert read_tail(path, end=4, window=2) == "b\n"
+    assert (read_tail(path, start=9), read_tail(path, 4, 2), read_tail(path, end=99)) == ("", "", "a\nb\nc\n")
+    assert read_tail(tmp_path / "missing") == ""

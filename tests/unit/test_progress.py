@@ -115,8 +115,15 @@ def test_iterations_of_files(tmp_path: Path) -> None:
     empty, full = tmp_path / "a", tmp_path / "b"
     empty.write_text("no losses here\n")
     full.write_text(f"{LINE}\nnoise\n{LINE.replace('  6/', '  7/')}\n")
-    assert [item.iteration for item in load_iterations([tmp_path / "missing", empty, full])] == [6, 7]
-    assert [item.iteration for item in load_iterations([full], start=len(LINE) + 1)] == [7]
+    first, size = len(LINE) + 1, full.stat().st_size
+    assert (load_iterations(tmp_path / "missing"), load_iterations(empty)) == ([], [])
+    assert [item.iteration for item in load_iterations(full)] == [6, 7]
+    assert [item.iteration for item in load_iterations(full, start=first)] == [7]
+    assert [item.iteration for item in load_iterations(full, end=first)] == [6]
+    assert load_iterations(full, end=first - 1) == []
+    before_last = find_last_iteration(full, end=size - first)
+    assert before_last is not None
+    assert before_last.iteration == 6
     last = find_last_iteration(full)
     assert last is not None
     assert last.iteration == 7

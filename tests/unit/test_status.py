@@ -56,7 +56,9 @@ def test_of_many_ranks_only_the_unusual_are_listed_unless_asked(capsys: pytest.C
 
 def test_only_what_runs_has_time_left() -> None:
     progress = Iteration(3, 10, elapsed_ms=1000.0, lm_loss=2.0)
-    assert status.format_iteration(make_state(progress=progress)) == "iteration 3/10 · loss 2.0000 · 1000 ms · 0:07 left"
+    assert (
+        status.format_iteration(make_state(progress=progress)) == "iteration 3/10 · loss 2.0000 · 1000 ms · 0:07 left"
+    )
     assert status.format_iteration(make_state("stopped", progress=progress)) == "iteration 3/10 · loss 2.0000 · 1000 ms"
 
 

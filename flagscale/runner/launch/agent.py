@@ -30,7 +30,16 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.runner.launch import procs
-from flagscale.runner.launch.journal import Entry, Journal, Outcome, Spec, find_failures, load_spec, write_small
+from flagscale.runner.launch.journal import (
+    Entry,
+    Journal,
+    Outcome,
+    Spec,
+    find_failures,
+    load_spec,
+    read_tail,
+    write_small,
+)
 
 RANK_DIR = "FLAGSCALE_RANK_DIR"
 """The same name as `flagscale.env.RANK_DIR`, which this file must not import."""
@@ -38,7 +47,6 @@ UP_AFTER_S = 3.0
 """A rank that does not announce itself, or a program without ranks, counts as up once it has lived this long."""
 AFTER_STOP_LIMIT_S = 300.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
-TAIL_BYTES = 1 << 18
 
 
 @dataclass(slots=True)
@@ -77,7 +85,6 @@ class Watch:
         self.journal = Journal(spec.events, spec.label)
         self.output = os.open(spec.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self.output_start = os.fstat(self.output).st_size
-        self.started = time.time()
         self.tops: dict[int, Top] = {}
         self.ending: Ending | None = None
         self.exit_code: int | None = 0
@@ -181,7 +188,7 @@ class Watch:
             for local_rank, rank in enumerate(ranks):
                 self.journal.write("rank_exited", rank=rank, local_rank=local_rank, exit_code=0, signal=None)
         elif top.entry.num_ranks:
-            failures = find_failures(self.read_tail())
+            failures = find_failures(read_tail(Path(self.spec.output), self.output_start))
             for failure in failures:
                 self.journal.write("rank_exited", **failure)
         self.journal.write("process_exited", name=top.entry.name, **result)
@@ -201,20 +208,15 @@ class Watch:
         self.source = self.source or self.spec.output
         self.end("failed", reason)
 
-    def read_tail(self) -> str:
-        with contextlib.suppress(OSError), Path(self.spec.output).open("rb") as file:
-            file.seek(max(self.output_start, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            return file.read().decode(errors="replace")
-        return ""
-
     def find_rank_log(self, local_rank: int) -> str | None:
         """torchrun's own copy of what the rank wrote in this run, the stream for errors where it holds any."""
+        details = Path(self.spec.details_dir, self.spec.run_id)
         for stream in ("stderr.log", "stdout.log"):
             found: list[tuple[float, str]] = []
-            for path in Path(self.spec.details_dir).glob(f"**/attempt_*/{local_rank}/{stream}"):
+            for path in details.glob(f"**/attempt_*/{local_rank}/{stream}"):
                 with contextlib.suppress(OSError):
                     stat = path.stat()
-                    if stat.st_size and stat.st_mtime >= self.started - 1:
+                    if stat.st_size:
                         found.append((stat.st_mtime, str(path)))
             if found:
                 return max(found)[1]

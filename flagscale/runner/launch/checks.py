@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flagscale.errors import LaunchError, UserError, find_nearest
 from flagscale.runner.launch.ports import find_free_port, find_port_owner, is_port_free
-from flagscale.runner.plan.job import JobPlan, ProcessSpec
+from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec
 
 
 def check_local(plan: JobPlan) -> None:
@@ -26,7 +26,7 @@ def check_local(plan: JobPlan) -> None:
 
 
 def gather_secrets(plan: JobPlan, env: Mapping[str, str]) -> dict[str, str]:
-    """The values of the plan's secrets, under their names in the job and in `env`.
+    """The values of the plan's secrets, under their names in the job.
 
     Raises:
         UserError: some are not set.
@@ -37,31 +37,40 @@ def gather_secrets(plan: JobPlan, env: Mapping[str, str]) -> dict[str, str]:
             f"`experiment.secrets`: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set in this "
             f"environment; expected e.g. `export {missing[0]}=…` before the launch"
         )
-    under_source = {source: env[source] for _, source in plan.secrets}
-    return {**under_source, **{name: env[source] for name, source in plan.secrets}}
+    return {name: env[source] for name, source in plan.secrets}
 
 
 def _search_path(process: ProcessSpec, env: Mapping[str, str]) -> str:
     return os.pathsep.join((*process.bin_dirs, env.get("PATH", os.defpath)))
 
 
-def _find_faults(process: ProcessSpec, env: Mapping[str, str], made: set[str]) -> Iterator[str]:
-    cwd = Path(process.cwd)
-    if not cwd.is_dir():
-        if process.cwd not in made:
-            yield f"its working folder {cwd} is missing"
-        return
+def _find_program_fault(process: ProcessSpec, env: Mapping[str, str]) -> str | None:
     words = [str(word) for word in process.argv]
-    program = shutil.which(words[0], path=_search_path(process, env)) if "/" not in words[0] else str(cwd / words[0])
+    is_name = "/" not in words[0]
+    program = shutil.which(words[0], path=_search_path(process, env)) if is_name else str(Path(process.cwd, words[0]))
     if program is None:
-        yield f"program `{words[0]}` is not on the PATH"
-        return
+        return f"program `{words[0]}` is not on the PATH"
     if not os.access(program, os.X_OK):
-        yield f"program {program} is missing or may not be executed"
-    if program == sys.executable and words[1:2] == ["-m"] and importlib.util.find_spec(words[2].split(".")[0]) is None:
-        yield f"module `{words[2].split('.')[0]}` is not installed for {program}"
-    if process.entrypoint and not (cwd / process.entrypoint).is_file():
-        path = cwd / process.entrypoint
+        return f"program {program} is missing or may not be executed"
+    module = words[2].split(".")[0] if program == sys.executable and words[1:2] == ["-m"] else None
+    if module and importlib.util.find_spec(module) is None:
+        return f"module `{module}` is not installed for {program}"
+    return None
+
+
+def _find_faults(host: HostPlan, process: ProcessSpec, env: Mapping[str, str]) -> Iterator[str]:
+    """What the user's own `before_start` may bring (a program on its PATH, a file that it names) is no fault."""
+    written = {path for path, _ in host.files}
+    if not Path(process.cwd).is_dir():
+        if process.cwd not in {*host.make_dirs, *(str(Path(path).parent) for path in written)}:
+            yield f"its working folder {process.cwd} is missing"
+        return
+    if host.before_start is None and (fault := _find_program_fault(process, env)):
+        yield fault
+    if process.entrypoint is None:
+        return
+    path = Path(process.cwd, process.entrypoint)
+    if not path.is_file() and str(path) not in written and path.name not in (host.before_start or ""):
         near = find_nearest(path.name, [entry.name for entry in path.parent.glob("*.py")])
         yield f"entry point {path} is missing" + (f"; did you mean `{path.with_name(near)}`?" if near else "")
 
@@ -71,14 +80,12 @@ def check_programs(plan: JobPlan, env: Mapping[str, str]) -> None:
     Raises:
         UserError: every interpreter, module and entry point that is not there, all at once.
     """
-    faults: list[str] = []
-    for host in plan.hosts:
-        made = {*host.make_dirs, *(str(Path(path).parent) for path, _ in host.files)}
-        written = {path for path, _ in host.files}
-        for process in host.processes:
-            for fault in _find_faults(process, env, made):
-                if host.before_start is None and not any(path in fault for path in written):
-                    faults.append(f"{process.name} on {host.host.name}: {fault}")
+    faults = [
+        f"{process.name} on {host.host.name}: {fault}"
+        for host in plan.hosts
+        for process in host.processes
+        for fault in _find_faults(host, process, env)
+    ]
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
 

@@ -263,7 +263,8 @@ def load_job(exp_dir: Path, run_id: str) -> dict[str, Any]:
     try:
         job = json.loads(path.read_text())
     except FileNotFoundError:
-        raise RunError(f"no run {run_id} in {exp_dir}: {path} is missing") from None
+        deleted = "" if exp_dir.exists() else "; the folder was deleted"
+        raise RunError(f"no run {run_id} in {exp_dir}: {path} is missing{deleted}") from None
     except (OSError, ValueError) as error:
         raise RunError(f"run {run_id} is damaged: cannot read {path}: {error}") from None
     if not isinstance(job, dict) or job.get("version") != RUN_VERSION:

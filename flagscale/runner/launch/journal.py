@@ -122,6 +122,16 @@ def write_small(path: str, text: str) -> None:
         Path(draft).replace(path)
 
 
+def read_tail(path: Path, start: int = 0, end: int | None = None, window: int = 1 << 18) -> str:
+    """The last `window` bytes of a part of a file, from byte `start` to `end`; empty where it cannot be read."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        stop = size if end is None else min(end, size)
+        first = file.seek(max(start, stop - window))
+        return file.read(max(0, stop - first)).decode(errors="replace")
+    return ""
+
+
 _ROW = re.compile(
     r"^  time +: (?P<time>\S+)\n  host +: (?P<host>\S+)\n  rank +: (?P<rank>\d+) \(local_rank: (?P<local_rank>\d+)\)\n"
     r"  exitcode +: (?P<code>-?\d+) \(pid: (?P<pid>\d+)\)",
@@ -130,11 +140,14 @@ _ROW = re.compile(
 
 
 def find_failures(output: str) -> list[dict[str, Any]]:
-    """The ranks that torchrun's last summary names (its ChildFailedError), the one that failed first at the head."""
+    """The ranks that torchrun's last summary names (its ChildFailedError), the one that failed first at the head.
+
+    A summary that was cut short before it says which was first marks none as `first`.
+    """
     start = output.rfind("ChildFailedError:")
     text = output[start:] if start >= 0 else ""
     root = text.find("Root Cause (first observed failure)")
-    rows = [(match.start() < root, match) for match in _ROW.finditer(text)]
+    rows = [(0 <= root < match.start(), match) for match in _ROW.finditer(text)]
     return [
         {
             "rank": int(match["rank"]),
@@ -142,8 +155,8 @@ def find_failures(output: str) -> list[dict[str, Any]]:
             "pid": int(match["pid"]),
             "exit_code": code if (code := int(match["code"])) >= 0 else None,
             "signal": signal_name(-code) if code < 0 else None,
-            "first": not is_later,
+            "first": is_first,
             "at": match["time"],
         }
-        for is_later, match in sorted(rows, key=lambda row: row[0])
+        for is_first, match in sorted(rows, key=lambda row: not row[0])
     ]

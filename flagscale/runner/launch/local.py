@@ -16,6 +16,7 @@ from typing import Any
 from flagscale import env as settings
 from flagscale.errors import LaunchError
 from flagscale.runner.launch.checks import check_local, check_outputs, check_programs, choose_port, gather_secrets
+from flagscale.runner.launch.ending import ask_to_end, catch_interrupts
 from flagscale.runner.launch.files import make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
@@ -29,7 +30,7 @@ from flagscale.runner.launch.folder import (
 )
 from flagscale.runner.launch.procs import end_leftovers
 from flagscale.runner.launch.record import load_records
-from flagscale.runner.launch.startup import wait_until_up
+from flagscale.runner.launch.startup import explain_interrupt, wait_until_up
 from flagscale.runner.plan.job import JobPlan, LaunchName
 
 GRACE_S = 30.0
@@ -88,8 +89,7 @@ def submit_job(
             job = describe_job(plan, run_id, values, config, command)
             write_all(list_files(plan, run_id, values, job, grace_s), list_folders(plan, run_id))
             run = ref_of(plan, run_id)
-            for label in run.labels:
-                hand_over(run, label, secrets, env)
+            hand_over_all(run, secrets, strip_secrets(plan, env))
             return run
     finally:
         if run is None and made:
@@ -118,20 +118,40 @@ def end_stale(exp_dir: Path) -> None:
             end_leftovers(record.spec.token, min(record.spec.grace_s, GRACE_S))
 
 
+def strip_secrets(plan: JobPlan, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of agents: without secrets under either of their names, and without an outer job's token."""
+    hidden = {settings.RUN_TOKEN, *(name for pair in plan.secrets for name in pair)}
+    return {name: value for name, value in env.items() if name not in hidden}
+
+
+def hand_over_all(run: RunRef, secrets: Mapping[str, str], env: Mapping[str, str]) -> None:
+    """Start the agents of all hosts. Ctrl-C waits for them, and then ends what they started.
+
+    Raises:
+        LaunchError: an agent did not answer, or Ctrl-C (exit code 130).
+    """
+    with catch_interrupts(run, stops_job=False) as interrupts:
+        for label in run.labels:
+            hand_over(run, label, secrets, env)
+        if interrupts.num:
+            ask_to_end(load_records(run))
+            raise explain_interrupt(run, is_stopping=True)
+
+
 def hand_over(run: RunRef, label: str, secrets: Mapping[str, str], env: Mapping[str, str]) -> None:
     """Start the agent of one host; it answers once the host's processes are started.
+
+    env: without secrets: the agent gets those over its standard input
 
     Raises:
         LaunchError: it did not answer.
     """
-    hidden = {*secrets, settings.RUN_TOKEN}
-    clean = {name: value for name, value in env.items() if name not in hidden}
     argv = [sys.executable, "-I", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
     try:
         done = subprocess.run(
             argv,
             input=json.dumps(dict(secrets)) + "\n",
-            env=clean,
+            env=dict(env),
             cwd="/",
             capture_output=True,
             text=True,

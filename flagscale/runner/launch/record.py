@@ -49,6 +49,40 @@ class HostRecord:
         return self.spec.label
 
     @property
+    def output(self) -> Path:
+        return Path(self.spec.output)
+
+    @property
+    def output_start(self) -> int:
+        """Where in the output this run begins, in bytes: the file is appended to by every run."""
+        started = self.find("agent_started")
+        return int(started["output_start"]) if started else 0
+
+    @property
+    def output_end(self) -> int | None:
+        """Where a later run's part may begin; None while this one writes, or if it died with its watchers."""
+        ended = self.find("job_ended")
+        return int(ended["output_end"]) if ended else None
+
+    @property
+    def num_ranks(self) -> int:
+        return sum(entry.num_ranks for entry in self.spec.processes)
+
+    def list_ranks(self, kind: str) -> set[int]:
+        """The ranks that an event of this kind tells of."""
+        return {event["rank"] for event in self.all(kind)}
+
+    def list_programs(self) -> dict[str, bool]:
+        """Name of each process without ranks -> whether it is up, or has ended well."""
+        up = {event["name"] for event in self.all("process_up")}
+        up |= {event["name"] for event in self.all("process_exited") if event["exit_code"] == 0}
+        return {entry.name: entry.name in up for entry in self.spec.processes if not entry.num_ranks}
+
+    @property
+    def is_up(self) -> bool:
+        return len(self.list_ranks("rank_up")) >= self.num_ranks and all(self.list_programs().values())
+
+    @property
     def has_ended(self) -> bool:
         return self.find("job_ended") is not None
 
@@ -93,17 +127,19 @@ def load_record(run: RunRef, label: str) -> HostRecord:
         RunError: the run's folder is damaged.
     """
     spec = run.load_spec(label)
-    events = load_events(Path(spec.events))
-    age = _heartbeat_age(spec)
+    path, age = Path(spec.events), _heartbeat_age(spec)
+    events = load_events(path)
     started = next((event for event in events if event["event"] == "agent_started"), None)
     if started is None:
         return HostRecord(spec, events, True, False, age)
-    if started["machine"] == procs.name_machine():
-        agent = procs.is_same_alive(started["pid"], started["start_time"] or -1)
-        guard = procs.is_same_alive(started["guard"] or 0, started["guard_start_time"] or -1)
-        return HostRecord(spec, events, True, agent or guard, age)
-    is_fresh = age is not None and age < MISSED_BEATS * spec.heartbeat_s
-    return HostRecord(spec, events, False, is_fresh, age)
+    if started["machine"] != procs.name_machine():
+        is_fresh = age is not None and age < MISSED_BEATS * spec.heartbeat_s
+        return HostRecord(spec, events, False, is_fresh, age)
+    agent = procs.is_same_alive(started["pid"], started["start_time"] or -1)
+    guard = procs.is_same_alive(started["guard"] or 0, started["guard_start_time"] or -1)
+    if not (agent or guard):
+        events = load_events(path)  # they may have written their last words and left since we read
+    return HostRecord(spec, events, True, agent or guard, age)
 
 
 def load_records(run: RunRef) -> tuple[HostRecord, ...]:

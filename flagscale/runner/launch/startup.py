@@ -1,6 +1,5 @@
 """Waiting for a job that has been started: until every rank is up, or the first one fails."""
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -8,48 +7,74 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flagscale.errors import LaunchError
+from flagscale.runner.launch.ending import ask_to_end, catch_interrupts
 from flagscale.runner.launch.folder import RunRef
-from flagscale.runner.launch.procs import Proc, send_signal
+from flagscale.runner.launch.journal import read_tail
 from flagscale.runner.launch.record import HostRecord, load_records
+from flagscale.runner.launch.resume import describe_beginning
 from flagscale.runner.plan.job import JobPlan
 
 POLL_S = 0.2
 NUM_LAST_LINES = 20
 INTERRUPTED = 130
 """The exit code that shells give for Ctrl-C."""
+FINISHED = "finished"
 
 
 def wait_until_up(run: RunRef, plan: JobPlan, foreground: bool) -> None:
     """Return when every rank and program of the plan is up, or the whole job has already succeeded.
 
+    Says on standard error what was started and how far it is. A job that is not stayed with gets a last line on
+    standard output.
+
     Raises:
         LaunchError: a rank or program failed, with its last lines; or the plan's start_timeout_s passed, and the job
             was ended; or Ctrl-C, which ends a foreground job and leaves any other running (exit code 130).
     """
-    deadline = time.monotonic() + plan.start_timeout_s
-    try:
+    with catch_interrupts(run, stops_job=foreground) as interrupts:
+        print(describe_launch(run, plan, foreground), file=sys.stderr, flush=True)
+        deadline = time.monotonic() + plan.start_timeout_s
         with show_progress() as show:
             while True:
+                if interrupts.num:
+                    raise explain_interrupt(run, is_stopping=foreground)
                 records = load_records(run)
-                check_alive(run, records)
-                text, is_up = describe_start(plan, records)
-                show(f"{run.run_id}: {text}")
+                check_alive(run, records, foreground)
+                text, is_up = describe_start(records)
+                show(text)
                 if is_up:
-                    return
+                    break
                 if time.monotonic() > deadline:
                     ask_to_end(records)
                     raise LaunchError(
                         f"run {run.run_id}: after {plan.start_timeout_s:g} s only {text}; the job was ended. "
-                        f"Its output: {', '.join(str(run.output_path(label)) for label in run.labels)}"
+                        f"Its output: {', '.join(str(record.output) for record in records)}"
                     )
                 time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        raise explain_interrupt(run, foreground) from None
+        if not foreground:
+            hint = "" if text == FINISHED else f"; follow it with `flagscale logs -f {run.run_id}`"
+            print(f"run {run.run_id}: {text}{hint}", flush=True)
 
 
-def explain_interrupt(run: RunRef, foreground: bool) -> LaunchError:
-    if foreground:
-        ask_to_end(load_records(run))
+def describe_launch(run: RunRef, plan: JobPlan, foreground: bool) -> str:
+    """What was started, where its outputs are, where its training begins, how to follow and to stop it."""
+    size = f", {plan.num_ranks} ranks" if plan.num_ranks else ""
+    where = plan.hosts[0].host.name if len(plan.hosts) == 1 else f"{len(plan.hosts)} hosts"
+    stop = f"flagscale stop {run.run_id}"
+    rows = {
+        "outputs": str(run.exp_dir),
+        "log": str(run.output_path(run.labels[0]) if len(run.labels) == 1 else run.log_dir),
+        "training": describe_beginning(plan) if plan.task == "train" else None,
+        "follow": None if foreground else f"flagscale logs -f {run.run_id}",
+        "stop": f"Ctrl-C, or elsewhere {stop}" if foreground else stop,
+    }
+    what = plan.task + (f" with {plan.backend}" if plan.backend else "")
+    head = f"run {run.run_id}: {f'{plan.exp_name}, ' if plan.exp_name else ''}{what}{size} on {where}"
+    return "\n".join([head, *(f"  {name:<9} {text}" for name, text in rows.items() if text)])
+
+
+def explain_interrupt(run: RunRef, is_stopping: bool) -> LaunchError:
+    if is_stopping:
         error = LaunchError(f"interrupted; run {run.run_id} is being stopped (see `flagscale status {run.run_id}`)")
     else:
         error = LaunchError(
@@ -60,43 +85,28 @@ def explain_interrupt(run: RunRef, foreground: bool) -> LaunchError:
     return error
 
 
-def ask_to_end(records: tuple[HostRecord, ...], signum: int = signal.SIGTERM) -> None:
-    """Ask every agent of this machine that lives; a guard passes it on."""
-    for record in records:
-        event = record.find("agent_started")
-        if event is None or not record.is_here or not record.is_alive:
-            continue
-        for pid, start_time in ((event["pid"], event["start_time"]), (event["guard"], event["guard_start_time"])):
-            if pid and start_time:
-                send_signal(Proc(pid, 0, start_time, False), signum)
-
-
-def describe_start(plan: JobPlan, records: tuple[HostRecord, ...]) -> tuple[str, bool]:
+def describe_start(records: tuple[HostRecord, ...]) -> tuple[str, bool]:
     """How far the start is, in words, and whether it is done."""
-    num_up = sum(len({event["rank"] for event in record.all("rank_up")}) for record in records)
-    num_started = sum(len({event["rank"] for event in record.all("rank_started")}) for record in records)
-    programs = {(host.label, item.name) for host in plan.hosts for item in host.processes if item.num_ranks == 0}
-    up = {(record.label, event["name"]) for record in records for event in record.all("process_up")}
-    up |= {
-        (record.label, event["name"])
-        for record in records
-        for event in record.all("process_exited")
-        if event["exit_code"] == 0
-    }
     if all((end := record.find("job_ended")) and end["outcome"] == "succeeded" for record in records):
-        return "finished", True
+        return FINISHED, True
+    num_ranks = sum(record.num_ranks for record in records)
+    num_up, num_started = (
+        sum(len(record.list_ranks(kind)) for record in records) for kind in ("rank_up", "rank_started")
+    )
+    programs = [is_up for record in records for is_up in record.list_programs().values()]
     parts = []
-    if plan.num_ranks:
-        parts.append(f"{num_up} of {plan.num_ranks} ranks up" + (f", {num_started} started" * (num_started > num_up)))
+    if num_ranks:
+        parts.append(f"{num_up} of {num_ranks} ranks up" + (f", {num_started} started" * (num_started > num_up)))
     if programs:
-        parts.append(f"{len(programs & up)} of {len(programs)} programs up")
-    return "; ".join(parts) or "nothing to wait for", num_up >= plan.num_ranks and programs <= up
+        parts.append(f"{sum(programs)} of {len(programs)} programs up")
+    return "; ".join(parts) or "nothing to wait for", all(record.is_up for record in records)
 
 
-def check_alive(run: RunRef, records: tuple[HostRecord, ...]) -> None:
+def check_alive(run: RunRef, records: tuple[HostRecord, ...], foreground: bool) -> None:
     """
     Raises:
-        LaunchError: a host's job ended badly or its watchers are gone, with the last lines of what failed first.
+        LaunchError: a host's job ended badly or its watchers are gone, with the last lines of what failed first. In
+            the foreground its exit code is the job's.
     """
     for record in records:
         end = record.find("job_ended")
@@ -105,29 +115,20 @@ def check_alive(run: RunRef, records: tuple[HostRecord, ...]) -> None:
         if end is not None and end["outcome"] == "succeeded":
             continue
         reason = end["reason"] if end else f"the agent and the guard of {record.label} were killed"
-        source = Path(end["source"]) if end and end["source"] else run.output_path(record.label)
-        since = 0 if source != run.output_path(record.label) else output_start(record)
-        lines = "\n".join(f"  {line}" for line in last_lines(source, NUM_LAST_LINES, since))
         where = "" if record.label == "host_0_localhost" else f" on {record.label}"
-        raise LaunchError(f"run {run.run_id} did not start{where}: {reason}\nLast lines of {source}:\n{lines}")
+        error = LaunchError(f"run {run.run_id} did not start{where}: {reason}\n{quote_last_words(record)}")
+        if foreground and end and end["exit_code"]:
+            error.exit_code = end["exit_code"]
+        raise error
 
 
-def output_start(record: HostRecord) -> int:
-    """Where in its host's output this run begins, in bytes: the file is appended to by every run."""
-    event = record.find("agent_started")
-    return int(event["output_start"]) if event else 0
-
-
-def last_lines(path: Path, count: int, start: int = 0) -> list[str]:
-    """The last lines of a file from byte `start` on; an empty list where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(start, size - (1 << 16)))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return []
-    return text.splitlines()[-count:]
+def quote_last_words(record: HostRecord) -> str:
+    """The last lines of what failed first on this host, below the name of their file."""
+    end = record.find("job_ended")
+    source = Path(end["source"]) if end and end["source"] else record.output
+    part = (record.output_start, record.output_end) if source == record.output else (0, None)
+    lines = read_tail(source, *part).splitlines()[-NUM_LAST_LINES:]
+    return "\n".join([f"last lines of {source}:", *(f"  {line}" for line in lines)])
 
 
 @contextmanager

@@ -3,14 +3,13 @@
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flagscale.errors import RunError
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.record import HostRecord, load_records
-from flagscale.runner.launch.startup import output_start
 
 POLL_S = 0.3
 _ATTEMPT = re.compile(r"attempt_(\d+)")
@@ -38,6 +37,10 @@ class Tail:
         *lines, self._rest = (self._rest + fresh).split(b"\n")
         yield from (line.decode(errors="replace") for line in lines)
 
+    def read_last(self, count: int | None) -> Iterable[str]:
+        """As `read_lines`, of them only so many last ones; None for all."""
+        return self.read_lines() if count is None else deque(self.read_lines(), maxlen=count)
+
     def read_rest(self) -> Iterator[str]:
         """The last line, where the writer ended without finishing it."""
         if self._rest:
@@ -47,13 +50,17 @@ class Tail:
 
 def find_output_tails(run: RunRef) -> list[Tail]:
     """One a host: the part of its output that this run wrote."""
-    tails = []
+    return [Tail(record.output, record.output_start, record.output_end, record.label) for record in load_records(run)]
+
+
+def check_outputs_left(run: RunRef) -> None:
+    """
+    Raises:
+        RunError: what the run wrote was deleted.
+    """
     for record in load_records(run):
-        end = record.find("job_ended")
-        tails.append(
-            Tail(run.output_path(record.label), output_start(record), end["output_end"] if end else None, record.label)
-        )
-    return tails
+        if record.find("agent_started") and not record.output.exists():
+            raise RunError(f"run {run.run_id}: its output {record.output} is gone; someone deleted it")
 
 
 def _locate(run: RunRef, rank: int, records: Sequence[HostRecord]) -> tuple[HostRecord, int]:
@@ -61,7 +68,7 @@ def _locate(run: RunRef, rank: int, records: Sequence[HostRecord]) -> tuple[Host
         for entry in record.spec.processes:
             if entry.first_rank <= rank < entry.first_rank + entry.num_ranks:
                 return record, rank - entry.first_rank
-    num_ranks = sum(entry.num_ranks for record in records for entry in record.spec.processes)
+    num_ranks = sum(record.num_ranks for record in records)
     if num_ranks == 0:
         raise RunError(f"run {run.run_id} has no ranks; leave out --rank")
     raise RunError(f"run {run.run_id} has no rank {rank}; expected 0 to {num_ranks - 1}")
@@ -74,25 +81,15 @@ def find_rank_tails(run: RunRef, rank: int) -> list[Tail]:
         RunError: there is no such rank, or torchrun kept no files of it.
     """
     record, local_rank = _locate(run, rank, load_records(run))
-    started = record.find("agent_started")
-    since = started["time"] - 1 if started else 0.0
-    details = Path(record.spec.details_dir)
+    details = Path(record.spec.details_dir, run.run_id)
     tails: list[Tail] = []
     for stream in ("stdout", "stderr"):
-        paths = [path for path in details.glob(f"**/attempt_*/{local_rank}/{stream}.log") if _is_of(run, path, since)]
-        if paths:
-            tails.append(Tail(max(paths, key=_order), name=stream))
+        paths = details.glob(f"**/attempt_*/{local_rank}/{stream}.log")
+        if last := max(paths, key=_order, default=None):
+            tails.append(Tail(last, name=stream))
     if not tails:
         raise RunError(f"no file of rank {rank} below {details}; torchrun writes them with `redirects: 3`")
     return tails
-
-
-def _is_of(run: RunRef, path: Path, since: float) -> bool:
-    return run.run_id in path.parts or (path.stat().st_mtime >= since and _other_run(path) is None)
-
-
-def _other_run(path: Path) -> str | None:
-    return next((part for part in path.parts if re.fullmatch(r"\d{8}T\d{6}-[0-9a-f]{4}", part)), None)
 
 
 def _order(path: Path) -> tuple[float, int]:
@@ -121,14 +118,16 @@ def print_logs(
     num_lines: int | None = None,
     follow: bool = False,
 ) -> None:
-    """Write a run's lines; with several sources, each behind the name of its own.
+    """Write a run's lines as they are; with several sources, each behind the name of its own.
 
     num_lines: only so many last ones of each source
     follow: go on until the run ends
 
     Raises:
-        RunError: there is no such rank.
+        RunError: there is no such rank, or the output was deleted.
     """
+    if rank is None:
+        check_outputs_left(run)
     tails = find_output_tails(run) if rank is None else find_rank_tails(run, rank)
     width = max(len(tail.name) for tail in tails)
 
@@ -136,11 +135,12 @@ def print_logs(
         write(f"{tail.name:{width}} | {line}\n" if len(tails) > 1 else f"{line}\n")
 
     for tail in tails:
-        lines = list(tail.read_lines())
-        if not follow:
-            lines += tail.read_rest()
-        for line in lines if num_lines is None else deque(lines, maxlen=num_lines):
+        for line in tail.read_last(num_lines):
             show(tail, line)
-    if follow:
-        for tail, line in follow_lines(tails, lambda: not any(record.is_alive for record in load_records(run))):
-            show(tail, line)
+    if not follow:
+        for tail in tails:
+            for line in tail.read_rest():
+                show(tail, line)
+        return
+    for tail, line in follow_lines(tails, lambda: not any(record.is_alive for record in load_records(run))):
+        show(tail, line)

@@ -32,7 +32,8 @@ def _points(segment: Sequence[Iteration]) -> tuple[list[int], list[float]]:
 
 def load_experiment_iterations(run: RunRef) -> list[Iteration]:
     """Of all runs into the experiment's folder: the output is appended to."""
-    return load_iterations(run.output_path(label) for label in reversed(run.labels))
+    outputs = (run.output_path(label) for label in reversed(run.labels))
+    return next((found for output in outputs if (found := load_iterations(output))), [])
 
 
 def plot_loss(run: RunRef, path: Path | None = None) -> Path:

@@ -6,10 +6,12 @@ Fields are found by name, so that new ones between them do no harm.
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flagscale.runner.launch.journal import read_tail
 
 _COUNT = re.compile(r"\biteration +(\d+)/ *(\d+) *\|")
 _FIELD = re.compile(r"\| *([^|:]+?): *([^| ]+) *(?=\|)")
@@ -71,33 +73,27 @@ def parse_iteration(line: str) -> Iteration | None:
     )
 
 
-def parse_lines(lines: Iterable[str]) -> list[Iteration]:
-    return [found for line in lines if (found := parse_iteration(line))]
-
-
-def load_iterations(paths: Iterable[Path], start: int = 0) -> list[Iteration]:
-    """Those of the first file that has any, from byte `start` on: only the last rank prints them."""
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                file.seek(start)
-                found = parse_lines(line.decode(errors="replace") for line in file)
-        except OSError:
-            continue
-        if found:
-            return found
-    return []
-
-
-def find_last_iteration(path: Path, start: int = 0, window: int = 1 << 18) -> Iteration | None:
-    """The newest in the last `window` bytes of a file, from byte `start` on: quick however long the file is."""
+def load_iterations(path: Path, start: int = 0, end: int | None = None) -> list[Iteration]:
+    """Those of a part of a file, from byte `start` to `end`; none where it cannot be read."""
+    found: list[Iteration] = []
     try:
         with path.open("rb") as file:
-            file.seek(max(start, file.seek(0, 2) - window))
-            lines = file.read().decode(errors="replace").splitlines()
+            position = file.seek(start)
+            for line in file:
+                position += len(line)
+                if end is not None and position > end:
+                    break
+                if iteration := parse_iteration(line.decode(errors="replace")):
+                    found.append(iteration)
     except OSError:
-        return None
-    return next((found for line in reversed(lines) if (found := parse_iteration(line))), None)
+        return []
+    return found
+
+
+def find_last_iteration(path: Path, start: int = 0, end: int | None = None) -> Iteration | None:
+    """The newest among the last lines of a part of a file: quick however long it is."""
+    lines = reversed(read_tail(path, start, end).splitlines())
+    return next((found for line in lines if (found := parse_iteration(line))), None)
 
 
 def estimate_eta_s(iterations: Sequence[Iteration]) -> float | None:
@@ -109,14 +105,21 @@ def estimate_eta_s(iterations: Sequence[Iteration]) -> float | None:
     return statistics.median(times) * (last.num_iterations - last.iteration) / 1000
 
 
-def find_seq_length(config: Mapping[str, Any]) -> int | None:
-    """`seq_length` of a resolved training configuration, in tokens, in either spelling."""
-    for name, value in config.items():
-        if name.replace("-", "_") == "seq_length" and isinstance(value, int):
-            return value
-        if isinstance(value, Mapping) and (found := find_seq_length(value)):
+def find_setting(config: Mapping[str, Any], name: str, path: str = "") -> tuple[str, Any] | None:
+    """(dotted path, value) of the first setting of that name, written with `_` or `-`, in a resolved configuration."""
+    for key, value in config.items():
+        at = f"{path}.{key}" if path else str(key)
+        if str(key).replace("-", "_") == name:
+            return at, value
+        if isinstance(value, Mapping) and (found := find_setting(value, name, at)):
             return found
     return None
+
+
+def find_seq_length(config: Mapping[str, Any]) -> int | None:
+    """`seq_length` of a resolved training configuration, in tokens."""
+    found = find_setting(config, "seq_length")
+    return found[1] if found and isinstance(found[1], int) else None
 
 
 def format_duration(seconds: float) -> str:
@@ -126,8 +129,8 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def format_progress(iterations: Sequence[Iteration], seq_length: int | None) -> str:
-    """One line on the latest iteration: where it is, loss, throughput, time left."""
+def format_progress(iterations: Sequence[Iteration], seq_length: int | None, is_live: bool = True) -> str:
+    """One line on the latest iteration: where it is, loss, throughput, and the time left where it `is_live`."""
     last = iterations[-1]
     parts = [f"iteration {last.iteration}/{last.num_iterations}"]
     if last.lm_loss is not None:
@@ -138,7 +141,7 @@ def format_progress(iterations: Sequence[Iteration], seq_length: int | None) -> 
         parts.append(f"{last.elapsed_ms:.0f} ms")
     if tokens := last.tokens_per_s(seq_length):
         parts.append(f"{tokens:,.0f} tokens/s")
-    if (eta := estimate_eta_s(iterations)) is not None:
+    if is_live and (eta := estimate_eta_s(iterations)) is not None:
         parts.append(f"{format_duration(eta)} left")
     return " · ".join(parts)
 

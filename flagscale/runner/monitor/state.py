@@ -12,7 +12,6 @@ from typing import Any, Literal
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.procs import find_ours
 from flagscale.runner.launch.record import Event, HostRecord, load_records
-from flagscale.runner.launch.startup import output_start
 from flagscale.runner.monitor.progress import Iteration, find_last_iteration
 
 State = Literal["starting", "running", "stopping", "succeeded", "failed", "stopped", "lost", "never_started"]
@@ -88,7 +87,7 @@ def query_run(run: RunRef) -> RunState:
     worst = next((host for host in hosts if host.state == state), hosts[0])
     starts = [host.started for host in hosts if host.started is not None]
     ends = [host.ended for host in hosts if host.ended is not None]
-    found = [find_last_iteration(run.output_path(record.label), output_start(record)) for record in records]
+    found = [find_last_iteration(record.output, record.output_start, record.output_end) for record in records]
     return RunState(
         run=run,
         state=state,
@@ -124,7 +123,7 @@ def _judge_host(record: HostRecord) -> HostState:
     elif stopping:
         state = "stopping"
     else:
-        state = "running" if _is_up(record) else "starting"
+        state = "running" if record.is_up else "starting"
     return HostState(
         label=record.label,
         state=state,
@@ -146,17 +145,10 @@ def _describe_loss(record: HostRecord, num_leftovers: int) -> str:
     return f"its agent and its guard were killed; {left}"
 
 
-def _is_up(record: HostRecord) -> bool:
-    up = {event["rank"] for event in record.all("rank_up")}
-    done = {event["name"] for event in record.all("process_exited")} | {e["name"] for e in record.all("process_up")}
-    num_ranks = sum(entry.num_ranks for entry in record.spec.processes)
-    return len(up) >= num_ranks and all(entry.name in done for entry in record.spec.processes if not entry.num_ranks)
-
-
 def _judge_ranks(record: HostRecord) -> list[RankState]:
     started: dict[int, Event] = {event["rank"]: event for event in record.all("rank_started")}
     exited: dict[int, Event] = {event["rank"]: event for event in record.all("rank_exited")}
-    up = {event["rank"] for event in record.all("rank_up")}
+    up = record.list_ranks("rank_up")
     rows: list[RankState] = []
     for entry in record.spec.processes:
         for local_rank in range(entry.num_ranks):

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flagscale.errors import RunError
+from flagscale.runner.launch.ending import ask_to_end
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.journal import write_small
 from flagscale.runner.launch.procs import end_leftovers
 from flagscale.runner.launch.record import HostRecord, load_records
-from flagscale.runner.launch.startup import ask_to_end
 from flagscale.runner.monitor.state import RunState, query_run
 
 POLL_S = 0.1
