@@ -4,7 +4,8 @@
     ├── UserError               exit code 2: what was typed or written cannot be right; nothing was started
     │   └── ConfigError         all faults of one configuration, at once
     ├── LaunchError             a job could not be started, or died while starting
-    ├── RunError                a run cannot be found, stopped or followed as asked
+    ├── RunError                a run cannot be stopped or followed as asked
+    │   └── UnknownRunError     exit code 2: what was typed means no run
     ├── SourceError             a backend's source cannot be fetched, or is not what its pin says
     └── HookError               a hook did not take: the backend is not the version it was written for
 
@@ -68,7 +69,11 @@ class LaunchError(FlagScaleError):
 
 
 class RunError(FlagScaleError):
-    """A run cannot be found, stopped or followed as asked."""
+    """A run cannot be stopped or followed as asked."""
+
+
+class UnknownRunError(RunError, UserError):
+    """What was typed means no run, or several."""
 
 
 class SourceError(FlagScaleError):

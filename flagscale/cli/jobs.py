@@ -122,13 +122,15 @@ def start(
     """Start a job here, wait until it is up, and stay with it to its end where `foreground` says so."""
     import gc
 
+    from flagscale.runner.launch.ending import catch_interrupts
     from flagscale.runner.launch.local import submit_job
     from flagscale.runner.launch.startup import wait_until_up
     from flagscale.runner.monitor.follow import wait_job
 
     gc.enable()
     run = submit_job(job, config=dict(values), command=list(command), env=dict(os.environ))
-    if record is not None:
-        record()
-    wait_until_up(run, job, foreground)
+    with catch_interrupts(run, stops_job=foreground):
+        if record is not None:
+            record()
+        wait_until_up(run, job, foreground)
     return wait_job(run) if foreground else 0

@@ -57,7 +57,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         port = server.getsockname()[1]
         done = launch(tmp_path / "exp", f"+experiment.runner.master_port={port}")
     words = r" is taken by process \d+ \(.+\); choose another, or leave it out and a free one is chosen"
-    check_refusal(done, 1, rf"port {port} \(`experiment.runner.master_port`\){words}")
+    check_refusal(done, 2, rf"port {port} \(`experiment.runner.master_port`\){words}")
     assert list_tree(tmp_path) == []
 
 
@@ -160,7 +160,7 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
 @pytest.mark.parametrize("verb", ["status", "stop", "logs", "rerun"])
 def test_a_run_that_nobody_knows(finished: RunRef, ask: Ask, verb: str) -> None:
     words = "expected a run id, the beginning of one, or an experiment folder; `flagscale list` shows all"
-    assert ask(verb, "nosuch") == (1, "", f"error: no run `nosuch`: {words}\n")
+    assert ask(verb, "nosuch") == (2, "", f"error: no run `nosuch`: {words}\n")
     near = f"{finished.run_id[:-2]}zz"
     assert ask(verb, near)[2].endswith(f"did you mean `{finished.run_id}`?\n") or near == finished.run_id
 

@@ -49,7 +49,9 @@ def test_the_copied_entry_point_does_not_hide_the_package(unpacked: Path, tmp_pa
     share = unpacked / "flagscale" / "share"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(share), str(unpacked)])}
     code = "import flagscale; print(flagscale.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True
+    )
     assert Path(done.stdout.strip()) == unpacked / "flagscale" / "__init__.py"
 
 

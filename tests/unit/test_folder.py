@@ -206,7 +206,7 @@ def test_a_taken_port_is_seen_and_its_owner_named(tmp_path: Path) -> None:
         port = server.getsockname()[1]
         assert not ports.is_port_free(port)
         assert f"process {os.getpid()} (" in str(ports.find_port_owner(port))
-        with pytest.raises(LaunchError, match=f"port {port} "):
+        with pytest.raises(UserError, match=f"port {port} "):
             choose_port(replace(small_plan(tmp_path), master_port=port))
     assert ports.is_port_free(port)
     assert ports.find_port_owner(port) is None

@@ -105,7 +105,8 @@ def choose_port(plan: JobPlan) -> int:
     """The plan's master port, or a free one.
 
     Raises:
-        LaunchError: the plan's port is taken, or none is free.
+        UserError: the plan's port is taken.
+        LaunchError: no port is free.
     """
     if plan.master_port is None:
         port = find_free_port()
@@ -114,7 +115,7 @@ def choose_port(plan: JobPlan) -> int:
         return port
     if not is_port_free(plan.master_port):
         owner = find_port_owner(plan.master_port)
-        raise LaunchError(
+        raise UserError(
             f"port {plan.master_port} (`experiment.runner.master_port`) is taken"
             + (f" by {owner}" if owner else "")
             + "; choose another, or leave it out and a free one is chosen"

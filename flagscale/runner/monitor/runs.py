@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from flagscale.errors import RunError, find_nearest
+from flagscale.errors import RunError, UnknownRunError, find_nearest
 from flagscale.runner.launch.folder import RunRef, find_current, index_dir, is_run_id, load_ref
 
 
@@ -43,7 +43,7 @@ def load_run(ref: str | Path | None = None) -> RunRef:
     of one run id; None means the newest run.
 
     Raises:
-        RunError: there is none, or several begin so.
+        UnknownRunError: there is none, or several begin so.
     """
     if ref is None:
         return _load_newest()
@@ -58,16 +58,16 @@ def load_run(ref: str | Path | None = None) -> RunRef:
         return load_ref(pointers[matches[0]], matches[0])
     if matches:
         some = ", ".join(matches[:5]) + (", …" if len(matches) > 5 else "")
-        raise RunError(f"{len(matches)} runs begin with `{text}`: {some}; give more of the id")
+        raise UnknownRunError(f"{len(matches)} runs begin with `{text}`: {some}; give more of the id")
     near = find_nearest(text, pointers)
     hint = f"; did you mean `{near}`?" if near else "; `flagscale list` shows all"
-    raise RunError(f"no run `{text}`: expected a run id, the beginning of one, or an experiment folder{hint}")
+    raise UnknownRunError(f"no run `{text}`: expected a run id, the beginning of one, or an experiment folder{hint}")
 
 
 def _load_newest() -> RunRef:
     runs = list_runs()
     if not runs:
-        raise RunError(f"no run is listed in {index_dir()}; start one with `flagscale train <model>`")
+        raise UnknownRunError(f"no run is listed in {index_dir()}; start one with `flagscale train <model>`")
     return runs[0]
 
 
@@ -76,5 +76,7 @@ def _load_from_folder(folder: Path) -> RunRef:
         return load_ref(folder.parent.parent, folder.name)
     run = find_current(folder)
     if run is None:
-        raise RunError(f"no run in {folder}; expected an experiment folder (one that holds `runs/`) or a run's folder")
+        raise UnknownRunError(
+            f"no run in {folder}; expected an experiment folder (which holds `runs/`) or a run's folder"
+        )
     return run
