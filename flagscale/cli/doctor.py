@@ -93,6 +93,7 @@ def _training() -> Iterator[Finding]:
     yield _package("train", "torch", "install the build for your chips: https://pytorch.org/get-started/locally")
     for name in ("numpy", "psutil", "pybind11", "matplotlib"):
         yield _package("train", name, 'pip install -e ".[train]"')
+    yield _package("train", "tensorboard", "pip install tensorboard (without it no TensorBoard logs are written)")
     yield _source("Megatron-LM", "megatron")
     yield _program("train", "g++", "apt-get install g++ (without it a prebuilt module is used where there is one)")
 
