@@ -293,7 +293,9 @@ def test_files_of_the_plan_are_there_before_the_start(tmp_path: Path) -> None:
 def test_signals_that_python_ignores_or_we_block_are_as_usual_in_the_job(tmp_path: Path) -> None:
     run = submit(plan_program(tmp_path / "exp", "grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"))
     assert wait_job(run) == 0
-    assert re.fullmatch(r"SigBlk:\s0+\nSigIgn:\s0+\n", run.output_path(LABEL).read_text())
+    masks = dict(line.split() for line in run.output_path(LABEL).read_text().splitlines())
+    # signals 32 and 33 belong to the C library: nobody can set them, and whoever started the tests may ignore them
+    assert {name: int(mask, 16) & ~(0b11 << 31) for name, mask in masks.items()} == {"SigBlk:": 0, "SigIgn:": 0}
 
 
 # --- the verbs -------------------------------------------------------------------------------------------------------
