@@ -122,7 +122,7 @@ def start(
     """Start a job here, wait until it is up, and stay with it to its end where `foreground` says so."""
     import gc
 
-    from flagscale.runner.launch.local import submit_job
+    from flagscale.runner.launch.launcher import submit_job
     from flagscale.runner.launch.startup import wait_until_up
     from flagscale.runner.monitor.follow import wait_job
 

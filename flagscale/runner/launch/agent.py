@@ -36,10 +36,12 @@ from flagscale.runner.launch.journal import (
     Outcome,
     Spec,
     find_failures,
+    find_rank_log,
     load_spec,
     read_tail,
     write_small,
 )
+from flagscale.runner.launch.peers import Peers
 
 RANK_DIR = "FLAGSCALE_RANK_DIR"
 """The same name as `flagscale.env.RANK_DIR`, which this file must not import."""
@@ -83,6 +85,7 @@ class Watch:
         self.spec = spec
         self.env = {**os.environ, **secrets, procs.TOKEN: spec.token, RANK_DIR: spec.rank_dir}
         self.journal = Journal(spec.events, spec.label)
+        self.peers = Peers(spec)
         self.output = os.open(spec.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self.output_start = os.fstat(self.output).st_size
         self.tops: dict[int, Top] = {}
@@ -117,6 +120,7 @@ class Watch:
             self.tops[pid] = Top(entry, pid, time.monotonic())
             start_time = proc.start_time if proc else None
             self.journal.write("process_started", name=entry.name, pid=pid, start_time=start_time)
+        self.beat()
 
     def run(self) -> None:
         """Until nothing of ours is left; writes the last event."""
@@ -128,6 +132,7 @@ class Watch:
                 self.end("lost", "the agent's guard was killed; the agent ended the job")
             if self.ending is None and not self.tops:
                 self.end("succeeded", None)
+            self.heed_peers()
             if self.ending is None:
                 self.look()
             elif not self.end_step() and not self.tops:
@@ -150,8 +155,19 @@ class Watch:
         if is_forced and self.ending:
             self.ending.deadline = 0.0
 
+    def heed_peers(self) -> None:
+        """End our part if another host, a `stop` or a launcher ends the run, or if a host has vanished."""
+        if notice := self.peers.find_notice():
+            if self.ending is None:
+                self.end("stopped", notice.text)
+            elif notice.is_forced:
+                self.ending.deadline = 0.0
+        elif self.ending is None and (silence := self.peers.find_silence()):
+            self.end("lost", silence)
+
     def end(self, outcome: Outcome, reason: str | None) -> None:
         if outcome != "succeeded":
+            self.peers.tell(reason)
             self.journal.write("stopping", outcome=outcome, by=reason)
         if self.ending is None:
             self.ending = Ending(outcome, reason, time.monotonic() + self.spec.grace_s)
@@ -202,25 +218,12 @@ class Watch:
         if failures:
             first = failures[0]
             self.first_rank = first["rank"]
-            self.source = self.find_rank_log(first["local_rank"])
+            self.source = find_rank_log(Path(self.spec.details_dir, self.spec.run_id), first["local_rank"])
             how = f"died of {first['signal']}" if first["signal"] else f"ended with exit code {first['exit_code']}"
             reason = f"rank {first['rank']} {how}"
         self.source = self.source or self.spec.output
-        self.end("failed", reason)
-
-    def find_rank_log(self, local_rank: int) -> str | None:
-        """torchrun's own copy of what the rank wrote in this run, the stream for errors where it holds any."""
-        details = Path(self.spec.details_dir, self.spec.run_id)
-        for stream in ("stderr.log", "stdout.log"):
-            found: list[tuple[float, str]] = []
-            for path in details.glob(f"**/attempt_*/{local_rank}/{stream}"):
-                with contextlib.suppress(OSError):
-                    stat = path.stat()
-                    if stat.st_size:
-                        found.append((stat.st_mtime, str(path)))
-            if found:
-                return max(found)[1]
-        return None
+        notice = self.peers.find_notice()  # of another host that failed before, or of a stop
+        self.end("stopped" if notice else "failed", notice.text if notice else reason)
 
     def look(self) -> None:
         """Find ranks by the environment that torchrun gave them, and note who is up."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flagscale.errors import RunError
 from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.reach import Look
 from flagscale.runner.launch.record import HostRecord, load_records
 
 POLL_S = 0.3
@@ -142,5 +143,6 @@ def print_logs(
             for line in tail.read_rest():
                 show(tail, line)
         return
-    for tail, line in follow_lines(tails, lambda: not any(record.is_alive for record in load_records(run))):
+    look = Look(run)
+    for tail, line in follow_lines(tails, lambda: not any(record.is_alive for record in look.load_records())):
         show(tail, line)
