@@ -1,4 +1,4 @@
-"""Jobs over test hosts: a folder they share, a configuration, and the command as a user types it where launchers run."""
+"""Jobs over test hosts: a folder they share, a configuration, and the command as a user types it."""
 
 import json
 import os
@@ -27,7 +27,8 @@ import torch
 total = torch.ones(1)
 dist.all_reduce(total)
 print(f"rank {rank} of {int(total)} on {os.uname().nodename}", flush=True)
-print("quoted:", os.environ.get("QUOTED"), "of host:", os.environ.get("OF_HOST"), "secret:", len(os.environ.get("TOKEN", "")))
+secret = len(os.environ.get("TOKEN", ""))
+print("quoted:", os.environ.get("QUOTED"), "of host:", os.environ.get("OF_HOST"), "secret:", secret, flush=True)
 while not (here / "go").exists():
     time.sleep(0.2)
     dist.all_reduce(total)
@@ -62,7 +63,12 @@ class Bench:
                     "start_timeout_s": 90,
                     **runner,
                 },
-                "envs": {"OMP_NUM_THREADS": "1", "QUOTED": "a 'b' \"c\" $HOME `d` \\e", "GLOO_SOCKET_IFNAME": "eth0"},
+                "envs": {
+                    "PYTHONUNBUFFERED": "1",
+                    "OMP_NUM_THREADS": "1",
+                    "QUOTED": "a 'b' \"c\" $HOME `d` \\e",
+                    "GLOO_SOCKET_IFNAME": "eth0",
+                },
                 "node_specific": {"h2": {"OF_HOST": "two"}},
                 "secrets": ["TOKEN"],
             },

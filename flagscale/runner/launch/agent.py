@@ -58,6 +58,7 @@ class Top:
     entry: Entry
     pid: int
     since: float
+    first_rank: int = 0  # as torchrun gave it: by c10d, hosts are ordered by name and not by the hostfile
     is_up: bool = False
     ranks: dict[int, procs.Proc] = field(default_factory=dict)
     seen: dict[int, float] = field(default_factory=dict)
@@ -117,9 +118,8 @@ class Watch:
             env = {name: value for name, value in self.env.items() if name not in ("RANK", "LOCAL_RANK")}
             pid = procs.spawn(["bash", entry.script], env if entry.num_ranks else self.env, "/", self.output)
             proc = procs.find_proc(pid)
-            self.tops[pid] = Top(entry, pid, time.monotonic())
-            start_time = proc.start_time if proc else None
-            self.journal.write("process_started", name=entry.name, pid=pid, start_time=start_time)
+            self.tops[pid] = Top(entry, pid, time.monotonic(), entry.first_rank)
+            self.journal.write("process_started", name=entry.name, pid=pid, start_time=proc and proc.start_time)
         self.beat()
 
     def run(self) -> None:
@@ -198,7 +198,7 @@ class Watch:
     def note_exit(self, top: Top, status: int) -> None:
         result = procs.split_status(status)
         is_good = result["exit_code"] == 0
-        ranks = range(top.entry.first_rank, top.entry.first_rank + top.entry.num_ranks)
+        ranks = range(top.first_rank, top.first_rank + top.entry.num_ranks)
         failures: list[dict[str, Any]] = []
         if is_good:
             for local_rank, rank in enumerate(ranks):
@@ -244,19 +244,20 @@ class Watch:
                 self.journal.write("process_up", name=top.entry.name)
 
     def find_ranks(self, top: Top, table: dict[int, procs.Proc], now: float) -> None:
-        expected = range(top.entry.first_rank, top.entry.first_rank + top.entry.num_ranks)
+        expected = range(top.first_rank, top.first_rank + top.entry.num_ranks)
         alive = set(table.values())
         if all(top.ranks.get(rank) in alive for rank in expected):
             return
         environs = {pid: procs.read_environ(pid) for pid in procs.find_descendants(top.pid, table)}
         for pid, environ in sorted(environs.items()):
             number, local = environ.get("RANK", ""), environ.get("LOCAL_RANK", "")
-            if not (number.isdigit() and local.isdigit()) or int(number) not in expected:
+            if not (number.isdigit() and local.isdigit()) or int(local) >= top.entry.num_ranks:
                 continue
             parent = environs.get(table[pid].ppid, {})
             rank, proc = int(number), table[pid]
             if parent.get("RANK") == number or proc.is_zombie or top.ranks.get(rank) == proc:
                 continue
+            top.first_rank = rank - int(local)
             top.ranks[rank], top.seen[rank] = proc, now
             top.up.discard(rank)
             self.journal.write(

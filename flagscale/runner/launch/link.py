@@ -2,8 +2,8 @@
 
 Paramiko, because it gives errors that can be told apart and any number of connections from one process; the price is
 that of the user's ssh configuration it knows HostName, User, Port, IdentityFile, UserKnownHostsFile, ProxyCommand and
-ProxyJump only. A key that is not in the known hosts is refused; `accept_new` remembers it. A key that changed is refused
-whatever is asked for.
+ProxyJump only. A key that is not in the known hosts is refused; `accept_new` remembers it. A key that changed is
+refused whatever is asked for.
 
 Imported by who needs a connection, and no sooner: Paramiko takes a quarter of a second.
 """
@@ -118,12 +118,7 @@ def _explain(error: Exception, remote: Remote, route: Route, timeout_s: float) -
     if isinstance(error, paramiko.AuthenticationException):
         return f"lets {route.user} in by none of this user's keys ({route}); expected that `ssh {remote}` asks nothing"
     if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
-        errors: list[OSError] = list(error.errors.values())
-        return (
-            f"cannot be reached: {errors[0].strerror or errors[0]} ({route})"
-            if errors
-            else f"cannot be reached ({route})"
-        )
+        error = next(iter(error.errors.values()), error)
     if isinstance(error, TimeoutError):
         return f"cannot be reached: no answer within {timeout_s:g} s ({route})"
     if isinstance(error, socket.gaierror):

@@ -15,7 +15,7 @@ from typing import Any
 
 from flagscale.runner.launch import procs
 from flagscale.runner.launch.folder import RunRef
-from flagscale.runner.launch.journal import Spec
+from flagscale.runner.launch.journal import Entry, Spec
 
 MISSED_BEATS = 4
 """A heartbeat this many times late counts as missing, where the processes themselves cannot be seen."""
@@ -79,6 +79,11 @@ class HostRecord:
     @property
     def num_ranks(self) -> int:
         return sum(entry.num_ranks for entry in self.spec.processes)
+
+    def find_first_rank(self, entry: Entry) -> int:
+        """As torchrun gave it, once it did: it need not keep to the order of the hostfile."""
+        events = [event for event in self.all("rank_started") if event.get("process") == entry.name]
+        return int(events[-1]["rank"] - events[-1]["local_rank"]) if events else entry.first_rank
 
     def list_ranks(self, kind: str) -> set[int]:
         """The ranks that an event of this kind tells of."""

@@ -67,8 +67,9 @@ def check_outputs_left(run: RunRef) -> None:
 def _locate(run: RunRef, rank: int, records: Sequence[HostRecord]) -> tuple[HostRecord, int]:
     for record in records:
         for entry in record.spec.processes:
-            if entry.first_rank <= rank < entry.first_rank + entry.num_ranks:
-                return record, rank - entry.first_rank
+            first_rank = record.find_first_rank(entry)
+            if first_rank <= rank < first_rank + entry.num_ranks:
+                return record, rank - first_rank
     num_ranks = sum(record.num_ranks for record in records)
     if num_ranks == 0:
         raise RunError(f"run {run.run_id} has no ranks; leave out --rank")

@@ -89,6 +89,8 @@ def query_run(run: RunRef) -> RunState:
     order = [record.label for record in order_by_cause(records)]
     worst = min((host for host in hosts if host.state == state), key=lambda host: order.index(host.label))
     failed = [host.label for host in hosts if host.state == "failed"]
+    bad = sorted((host for host in hosts if host.state in ("failed", "lost")), key=lambda host: order.index(host.label))
+    told = worst if worst.reason or not bad else bad[0]  # a run whose other hosts still work
     ranks = (
         rank if len(failed) < 2 or rank.host == worst.label else replace(rank, is_first_failure=False)
         for record in records
@@ -101,7 +103,7 @@ def query_run(run: RunRef) -> RunState:
         run=run,
         state=state,
         exit_code=worst.exit_code,
-        reason=_name_host(worst, len(hosts)),
+        reason=_name_host(told, len(hosts)),
         started=min(starts, default=None),
         ended=max(ends, default=None) if state in ENDED else None,
         hosts=hosts,
@@ -175,8 +177,9 @@ def _judge_ranks(record: HostRecord) -> list[RankState]:
     up = record.list_ranks("rank_up")
     rows: list[RankState] = []
     for entry in record.spec.processes:
+        first_rank = record.find_first_rank(entry)
         for local_rank in range(entry.num_ranks):
-            rank = entry.first_rank + local_rank
+            rank = first_rank + local_rank
             pid = started[rank]["pid"] if rank in started else None
             if end := exited.get(rank):
                 is_first = bool(end.get("first"))
