@@ -29,9 +29,11 @@ dist.all_reduce(total)
 print(f"rank {rank} of {int(total)} on {os.uname().nodename}", flush=True)
 secret = len(os.environ.get("TOKEN", ""))
 print("quoted:", os.environ.get("QUOTED"), "of host:", os.environ.get("OF_HOST"), "secret:", secret, flush=True)
-while not (here / "go").exists():
+is_over = torch.zeros(1)
+while not is_over:  # all ranks leave in the same round
     time.sleep(0.2)
-    dist.all_reduce(total)
+    is_over = torch.tensor([float((here / "go").exists())])
+    dist.all_reduce(is_over)
 print(f"rank {rank} is done", flush=True)
 """
 

@@ -58,7 +58,7 @@ class Top:
     entry: Entry
     pid: int
     since: float
-    first_rank: int = 0  # as torchrun gave it: by c10d, hosts are ordered by name and not by the hostfile
+    first_rank: int = 0  # as torchrun gave it: c10d orders hosts by name, and not by the hostfile
     is_up: bool = False
     ranks: dict[int, procs.Proc] = field(default_factory=dict)
     seen: dict[int, float] = field(default_factory=dict)
@@ -117,10 +117,9 @@ class Watch:
             # A rank is known by RANK in its environment, so torchrun itself must not inherit one from an outer job.
             env = {name: value for name, value in self.env.items() if name not in ("RANK", "LOCAL_RANK")}
             pid = procs.spawn(["bash", entry.script], env if entry.num_ranks else self.env, "/", self.output)
-            proc = procs.find_proc(pid)
             self.tops[pid] = Top(entry, pid, time.monotonic(), entry.first_rank)
-            self.journal.write("process_started", name=entry.name, pid=pid, start_time=proc and proc.start_time)
-        self.beat()
+            started = (proc := procs.find_proc(pid)) and proc.start_time
+            self.journal.write("process_started", name=entry.name, pid=pid, start_time=started)
 
     def run(self) -> None:
         """Until nothing of ours is left; writes the last event."""
@@ -253,8 +252,9 @@ class Watch:
             number, local = environ.get("RANK", ""), environ.get("LOCAL_RANK", "")
             if not (number.isdigit() and local.isdigit()) or int(local) >= top.entry.num_ranks:
                 continue
-            parent = environs.get(table[pid].ppid, {})
-            rank, proc = int(number), table[pid]
+            if int(number) not in expected and not self.spec.neighbour:
+                continue
+            rank, proc, parent = int(number), table[pid], environs.get(table[pid].ppid, {})
             if parent.get("RANK") == number or proc.is_zombie or top.ranks.get(rank) == proc:
                 continue
             top.first_rank = rank - int(local)

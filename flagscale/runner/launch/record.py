@@ -131,9 +131,9 @@ def load_events(path: Path) -> tuple[Event, ...]:
     return tuple(events)
 
 
-def _heartbeat_age(spec: Spec) -> float | None:
+def _age(path: str) -> float | None:
     try:
-        return max(0.0, time.time() - Path(spec.heartbeat).stat().st_mtime)
+        return max(0.0, time.time() - Path(path).stat().st_mtime)
     except OSError:
         return None
 
@@ -146,7 +146,7 @@ def load_record(run: RunRef, label: str, answer: Answer | None = None) -> HostRe
         RunError: the run's folder is damaged.
     """
     spec = run.load_spec(label)
-    path, age = Path(spec.events), _heartbeat_age(spec)
+    path, age = Path(spec.events), _age(spec.heartbeat)
     events = load_events(path)
     started = next((event for event in events if event["event"] == "agent_started"), None)
     if started is None:
@@ -154,7 +154,10 @@ def load_record(run: RunRef, label: str, answer: Answer | None = None) -> HostRe
         return HostRecord(spec, events, not is_remote, False, age, answer)
     if started["machine"] != procs.name_machine():
         has_ended = any(event["event"] == "job_ended" for event in events)  # an agent's last word
-        is_fresh = age is not None and age < MISSED_BEATS * spec.heartbeat_s and not has_ended
+        sign_s = age
+        if age is None and run.remotes:  # the first heartbeat comes a moment after the first events
+            sign_s = _age(spec.events)
+        is_fresh = sign_s is not None and sign_s < MISSED_BEATS * spec.heartbeat_s and not has_ended
         if answer is None or answer.unreachable:
             return HostRecord(spec, events, False, is_fresh, age, answer)
         events = events if answer.is_watched else load_events(path)
