@@ -123,7 +123,7 @@ def start(
     import gc
 
     from flagscale.runner.launch.ending import catch_interrupts
-    from flagscale.runner.launch.local import submit_job
+    from flagscale.runner.launch.launcher import submit_job
     from flagscale.runner.launch.startup import wait_until_up
     from flagscale.runner.monitor.follow import wait_job
 

@@ -237,11 +237,12 @@ def test_a_number_in_another_notation_is_passed_over(number: str) -> None:
 # --- the archive -----------------------------------------------------------------------------------------------------
 
 
-def test_the_agent_needs_only_the_standard_library_and_itself() -> None:
+@pytest.mark.parametrize("files", [archive.AGENT, archive.ERRANDS])
+def test_an_archive_needs_only_the_standard_library_and_itself(files: tuple[str, ...]) -> None:
     allowed = {*sys.stdlib_module_names}
-    own = {f"flagscale.runner.launch.{name}" for name in archive.MODULES} | {"flagscale.runner.launch"}
-    for module in archive.MODULES:
-        tree = ast.parse((Path(archive.__file__).parent / f"{module}.py").read_text())
+    own = {"flagscale." + file.removesuffix(".py").replace("/", ".") for file in files} | {"flagscale.runner.launch"}
+    for file in files:
+        tree = ast.parse((Path(archive.__file__).parents[2] / file).read_text())
         names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
         names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert {name for name in names if name.split(".")[0] not in allowed} <= own

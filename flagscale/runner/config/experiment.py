@@ -146,13 +146,16 @@ class Runner(Torchrun):
     """Where and how the job's processes are started."""
 
     type: Literal["ssh", "local", "cloud"] = "ssh"
-    """ssh: the hosts of `hostfile`, this machine where there is none; cloud: this machine as `node_rank` of `nnodes`"""
+    """ssh: the hosts of `hostfile`, this machine where there is none; local: this machine alone; cloud: this machine as
+    `node_rank` of `nnodes`"""
     backend: Annotated[str, AfterValidator(_check_program)] = "torchrun"
     nnodes: int | str | None = None
     """number of hosts; of `min:max` the minimum counts"""
     nproc_per_node: int | None = Field(default=None, ge=1)
     hostfile: str | None = None
     ssh_port: int | None = Field(default=22, ge=1, le=65535)
+    accept_new_host_keys: bool = False
+    """remember the keys of hosts that were never met; a key that changed is refused in any case"""
     master_addr: str | None = None
     master_port: int | None = Field(default=None, ge=1, le=65535)
     log_dir: str | None = None

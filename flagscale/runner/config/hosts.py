@@ -39,6 +39,10 @@ def choose_hosts(
             left = ", ".join(host.name for host in listed[count:])
             warnings.append(Fault(NODES, f"is {count}: of the hostfile's {len(listed)} hosts these stay idle: {left}"))
             hosts = listed[:count]
+        away = [host.name for host in hosts if not host.is_local]
+        if runner.type == "local" and away:
+            text = f"is local, but the hostfile names other machines: {', '.join(away)}"
+            faults.append(Fault("experiment.runner.type", text, expected="ssh, or a hostfile of `localhost` alone"))
         if _needs_master(experiment) and hosts[0].is_local and not all(host.is_local for host in hosts):
             text = f"is missing: the first host is `{hosts[0].name}`, a name by which the others would mean themselves"
             faults.append(Fault(MASTER, text, expected="a name or an address by which they reach it"))

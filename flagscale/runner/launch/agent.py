@@ -36,10 +36,12 @@ from flagscale.runner.launch.journal import (
     Outcome,
     Spec,
     find_failures,
+    find_rank_log,
     load_spec,
     read_tail,
     write_small,
 )
+from flagscale.runner.launch.peers import Peers
 
 RANK_DIR = "FLAGSCALE_RANK_DIR"
 """The same name as `flagscale.env.RANK_DIR`, which this file must not import."""
@@ -56,6 +58,7 @@ class Top:
     entry: Entry
     pid: int
     since: float
+    first_rank: int = 0  # as torchrun gave it: c10d orders hosts by name, and not by the hostfile
     is_up: bool = False
     ranks: dict[int, procs.Proc] = field(default_factory=dict)
     seen: dict[int, float] = field(default_factory=dict)
@@ -83,6 +86,7 @@ class Watch:
         self.spec = spec
         self.env = {**os.environ, **secrets, procs.TOKEN: spec.token, RANK_DIR: spec.rank_dir}
         self.journal = Journal(spec.events, spec.label)
+        self.peers = Peers(spec)
         self.output = os.open(spec.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self.output_start = os.fstat(self.output).st_size
         self.tops: dict[int, Top] = {}
@@ -113,10 +117,9 @@ class Watch:
             # A rank is known by RANK in its environment, so torchrun itself must not inherit one from an outer job.
             env = {name: value for name, value in self.env.items() if name not in ("RANK", "LOCAL_RANK")}
             pid = procs.spawn(["bash", entry.script], env if entry.num_ranks else self.env, "/", self.output)
-            proc = procs.find_proc(pid)
-            self.tops[pid] = Top(entry, pid, time.monotonic())
-            start_time = proc.start_time if proc else None
-            self.journal.write("process_started", name=entry.name, pid=pid, start_time=start_time)
+            self.tops[pid] = Top(entry, pid, time.monotonic(), entry.first_rank)
+            started = (proc := procs.find_proc(pid)) and proc.start_time
+            self.journal.write("process_started", name=entry.name, pid=pid, start_time=started)
 
     def run(self) -> None:
         """Until nothing of ours is left; writes the last event."""
@@ -128,6 +131,7 @@ class Watch:
                 self.end("lost", "the agent's guard was killed; the agent ended the job")
             if self.ending is None and not self.tops:
                 self.end("succeeded", None)
+            self.heed_peers()
             if self.ending is None:
                 self.look()
             elif not self.end_step() and not self.tops:
@@ -150,8 +154,19 @@ class Watch:
         if is_forced and self.ending:
             self.ending.deadline = 0.0
 
+    def heed_peers(self) -> None:
+        """End our part if another host, a `stop` or a launcher ends the run, or if a host has vanished."""
+        if notice := self.peers.find_notice():
+            if self.ending is None:
+                self.end("stopped", notice.text)
+            elif notice.is_forced:
+                self.ending.deadline = 0.0
+        elif self.ending is None and (silence := self.peers.find_silence()):
+            self.end("lost", silence)
+
     def end(self, outcome: Outcome, reason: str | None) -> None:
         if outcome != "succeeded":
+            self.peers.tell(reason)
             self.journal.write("stopping", outcome=outcome, by=reason)
         if self.ending is None:
             self.ending = Ending(outcome, reason, time.monotonic() + self.spec.grace_s)
@@ -182,7 +197,7 @@ class Watch:
     def note_exit(self, top: Top, status: int) -> None:
         result = procs.split_status(status)
         is_good = result["exit_code"] == 0
-        ranks = range(top.entry.first_rank, top.entry.first_rank + top.entry.num_ranks)
+        ranks = range(top.first_rank, top.first_rank + top.entry.num_ranks)
         failures: list[dict[str, Any]] = []
         if is_good:
             for local_rank, rank in enumerate(ranks):
@@ -202,25 +217,12 @@ class Watch:
         if failures:
             first = failures[0]
             self.first_rank = first["rank"]
-            self.source = self.find_rank_log(first["local_rank"])
+            self.source = find_rank_log(Path(self.spec.details_dir, self.spec.run_id), first["local_rank"])
             how = f"died of {first['signal']}" if first["signal"] else f"ended with exit code {first['exit_code']}"
             reason = f"rank {first['rank']} {how}"
         self.source = self.source or self.spec.output
-        self.end("failed", reason)
-
-    def find_rank_log(self, local_rank: int) -> str | None:
-        """torchrun's own copy of what the rank wrote in this run, the stream for errors where it holds any."""
-        details = Path(self.spec.details_dir, self.spec.run_id)
-        for stream in ("stderr.log", "stdout.log"):
-            found: list[tuple[float, str]] = []
-            for path in details.glob(f"**/attempt_*/{local_rank}/{stream}"):
-                with contextlib.suppress(OSError):
-                    stat = path.stat()
-                    if stat.st_size:
-                        found.append((stat.st_mtime, str(path)))
-            if found:
-                return max(found)[1]
-        return None
+        notice = self.peers.find_notice()  # of another host that failed before, or of a stop
+        self.end("stopped" if notice else "failed", notice.text if notice else reason)
 
     def look(self) -> None:
         """Find ranks by the environment that torchrun gave them, and note who is up."""
@@ -241,19 +243,21 @@ class Watch:
                 self.journal.write("process_up", name=top.entry.name)
 
     def find_ranks(self, top: Top, table: dict[int, procs.Proc], now: float) -> None:
-        expected = range(top.entry.first_rank, top.entry.first_rank + top.entry.num_ranks)
+        expected = range(top.first_rank, top.first_rank + top.entry.num_ranks)
         alive = set(table.values())
         if all(top.ranks.get(rank) in alive for rank in expected):
             return
         environs = {pid: procs.read_environ(pid) for pid in procs.find_descendants(top.pid, table)}
         for pid, environ in sorted(environs.items()):
             number, local = environ.get("RANK", ""), environ.get("LOCAL_RANK", "")
-            if not (number.isdigit() and local.isdigit()) or int(number) not in expected:
+            if not (number.isdigit() and local.isdigit()) or int(local) >= top.entry.num_ranks:
                 continue
-            parent = environs.get(table[pid].ppid, {})
-            rank, proc = int(number), table[pid]
+            if int(number) not in expected and not self.spec.neighbour:
+                continue
+            rank, proc, parent = int(number), table[pid], environs.get(table[pid].ppid, {})
             if parent.get("RANK") == number or proc.is_zombie or top.ranks.get(rank) == proc:
                 continue
+            top.first_rank = rank - int(local)
             top.ranks[rank], top.seen[rank] = proc, now
             top.up.discard(rank)
             self.journal.write(

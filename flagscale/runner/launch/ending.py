@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from types import FrameType
 
 from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.peers import Notice, write_notice
 from flagscale.runner.launch.procs import Proc, send_signal
 from flagscale.runner.launch.record import HostRecord, load_records
+
+
+def tell_to_end(run: RunRef, by: str, force: bool = False) -> None:
+    """Ask every host of a run to end it: agents of this machine by signal, the others through the run's folder."""
+    if run.remotes:
+        write_notice(run.notice_path, Notice("", f"stopped by {by}", force))
+    ask_to_end(load_records(run), signal.SIGUSR1 if force else signal.SIGTERM)
 
 
 def ask_to_end(records: tuple[HostRecord, ...], signum: int = signal.SIGTERM) -> None:
@@ -48,7 +56,7 @@ def catch_interrupts(run: RunRef, stops_job: bool) -> Iterator[Interrupts]:
     def react(_signum: int, _frame: FrameType | None) -> None:
         caught.num += 1
         if stops_job:
-            ask_to_end(load_records(run), signal.SIGTERM if caught.num == 1 else signal.SIGUSR1)
+            tell_to_end(run, "Ctrl-C", force=caught.num > 1)
 
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):

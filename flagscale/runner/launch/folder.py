@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,9 +31,35 @@ from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec
 from flagscale.runner.render.script import render_script
 
 RUN_VERSION = 1
+NOTICE = "ending.json"
+SSH_PORT = 22
+"""What `runner.ssh_port` says by itself: not a choice, so the user's ssh configuration goes before it."""
 GIT_LIMIT_S = 2.0
 VERSIONS_OF = ("flagscale", "torch", "megatron-core", "vllm", "sglang", "ray", "hydra-core", "numpy")
 _RUN_ID = re.compile(r"\d{8}T\d{6}-[0-9a-f]{4}")
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """How a host of a run is reached. user, port: None leaves it to the user's ssh configuration."""
+
+    label: str
+    name: str
+    user: str | None
+    port: int | None
+    python: str
+
+    def __str__(self) -> str:
+        return f"{self.user}@{self.name}" if self.user else self.name
+
+
+def list_remotes(plan: JobPlan) -> tuple[Remote, ...]:
+    """The hosts of a plan that are other machines, each with this interpreter's path, which is expected there too."""
+    named = None if plan.ssh_port == SSH_PORT else plan.ssh_port
+    hosts = (host for host in plan.hosts if not host.host.is_local)
+    return tuple(
+        Remote(host.label, host.host.name, host.host.user, host.host.port or named, sys.executable) for host in hosts
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +72,7 @@ class RunRef:
     task: str
     exp_name: str
     labels: tuple[str, ...]
+    remotes: tuple[Remote, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -53,6 +81,11 @@ class RunRef:
     @property
     def job_path(self) -> Path:
         return self.folder / "job.json"
+
+    @property
+    def notice_path(self) -> Path:
+        """Where the agents of several hosts learn that the run is to end (`peers.py`)."""
+        return self.folder / NOTICE
 
     def output_path(self, label: str) -> Path:
         return self.log_dir / f"{label}.output"
@@ -86,7 +119,7 @@ def index_dir() -> Path:
 
 def ref_of(plan: JobPlan, run_id: str) -> RunRef:
     labels = tuple(host.label for host in plan.hosts)
-    return RunRef(run_id, Path(plan.exp_dir), Path(plan.log_dir), plan.task, plan.exp_name, labels)
+    return RunRef(run_id, Path(plan.exp_dir), Path(plan.log_dir), plan.task, plan.exp_name, labels, list_remotes(plan))
 
 
 def script_path(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> Path:
@@ -103,6 +136,7 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         Entry(item.name, str(script_path(plan, host, item)), item.num_ranks, item.first_rank, item.announces)
         for item in host.processes
     )
+    neighbour = find_neighbour(plan, host)
     return Spec(
         run_id=run_id,
         token=token,
@@ -120,7 +154,18 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         cwd=host.processes[0].cwd if host.processes else "/",
         after_stop=host.after_stop,
         grace_s=grace_s,
+        ending=str(folder / NOTICE) if neighbour else "",
+        neighbour=neighbour,
     )
+
+
+def find_neighbour(plan: JobPlan, host: HostPlan) -> str:
+    """The label of the next host, around; empty where a host's job does not need the others."""
+    ranked = [process.first_rank for item in plan.hosts for process in item.processes if process.num_ranks]
+    is_apart = len(ranked) > 1 and not any(ranked)  # `per_node_task`: every host counts its ranks from 0
+    if len(plan.hosts) == 1 or is_apart:
+        return ""
+    return plan.hosts[(plan.hosts.index(host) + 1) % len(plan.hosts)].label
 
 
 def _run_git(cwd: Path, *args: str) -> str | None:
@@ -187,6 +232,7 @@ def describe_job(
         "task": plan.task,
         "exp_name": plan.exp_name,
         "labels": [host.label for host in plan.hosts],
+        "remotes": [asdict(remote) for remote in list_remotes(plan)],
         "cwd": str(Path.cwd()),
         "command": list(command),
         "values": dict(values),
@@ -281,7 +327,8 @@ def load_ref(exp_dir: Path, run_id: str) -> RunRef:
     job = load_job(exp_dir, run_id)
     try:
         folders = Path(job["exp_dir"]), Path(job["log_dir"])
-        return RunRef(run_id, *folders, job["task"], job["exp_name"], tuple(job["labels"]))
+        remotes = tuple(Remote(**row) for row in job.get("remotes", ()))
+        return RunRef(run_id, *folders, job["task"], job["exp_name"], tuple(job["labels"]), remotes)
     except (KeyError, TypeError) as error:
         raise RunError(f"run {run_id} is damaged: {run_folder(exp_dir, run_id)}/job.json: {error!r}") from None
 

@@ -64,6 +64,10 @@ class Spec:
     after_stop: str | None = None
     heartbeat_s: float = 5.0
     grace_s: float = 30.0
+    ending: str = ""
+    """the file by which the agents of a run end each other (`peers.py`); empty where a host is alone"""
+    neighbour: str = ""
+    """the label of the host whose heartbeat this agent watches"""
 
 
 def load_spec(path: Path) -> Spec:
@@ -130,6 +134,20 @@ def read_tail(path: Path, start: int = 0, end: int | None = None, window: int = 
         first = file.seek(max(start, stop - window))
         return file.read(max(0, stop - first)).decode(errors="replace")
     return ""
+
+
+def find_rank_log(details: Path, local_rank: int) -> str | None:
+    """torchrun's own copy of what the rank wrote in this run, the stream for errors where it holds any."""
+    for stream in ("stderr.log", "stdout.log"):
+        found: list[tuple[float, str]] = []
+        for path in details.glob(f"**/attempt_*/{local_rank}/{stream}"):
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                if stat.st_size:
+                    found.append((stat.st_mtime, str(path)))
+        if found:
+            return max(found)[1]
+    return None
 
 
 _ROW = re.compile(

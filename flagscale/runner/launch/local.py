@@ -29,7 +29,7 @@ from flagscale.runner.launch.folder import (
     ref_of,
 )
 from flagscale.runner.launch.procs import end_leftovers
-from flagscale.runner.launch.record import load_records
+from flagscale.runner.launch.record import HostRecord, load_records
 from flagscale.runner.launch.startup import explain_interrupt, wait_until_up
 from flagscale.runner.plan.job import JobPlan, LaunchName
 
@@ -106,16 +106,26 @@ def end_stale(exp_dir: Path) -> None:
     run = find_current(exp_dir)
     if run is None:
         return
-    for record in load_records(run):
+    records = load_records(run)
+    refuse_living(run, records)
+    for record in records:
+        if record.is_here:
+            end_leftovers(record.spec.token, min(record.spec.grace_s, GRACE_S))
+
+
+def refuse_living(run: RunRef, records: Sequence[HostRecord]) -> None:
+    """
+    Raises:
+        LaunchError: one of a run's hosts works on.
+    """
+    for record in records:
         if record.is_alive:
             started = record.find("agent_started")
             since = datetime.fromtimestamp(started["time"]).strftime("%Y-%m-%d %H:%M:%S") if started else "just now"
             raise LaunchError(
-                f"{exp_dir} already holds a job that runs: {run.run_id}, since {since}; "
+                f"{run.exp_dir} already holds a job that runs: {run.run_id}, since {since}; "
                 f"stop it with `flagscale stop {run.run_id}`, or use another `experiment.exp_dir`"
             )
-        if record.is_here:
-            end_leftovers(record.spec.token, min(record.spec.grace_s, GRACE_S))
 
 
 def strip_secrets(plan: JobPlan, env: Mapping[str, str]) -> dict[str, str]:

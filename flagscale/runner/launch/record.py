@@ -2,24 +2,34 @@
 
 Events alone cannot be trusted for "running": whoever writes them can be killed. So the record asks whether the agent or
 its guard lives (the same pid with the same start time, on the same start of the same machine). Where that cannot be
-asked, from another machine over a shared folder, the age of the heartbeat answers.
+asked, from another machine over a shared folder, the age of the heartbeat answers, unless the caller has asked that
+host over SSH (`reach.ask_hosts`) and gives its answer along.
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flagscale.runner.launch import procs
 from flagscale.runner.launch.folder import RunRef
-from flagscale.runner.launch.journal import Spec
+from flagscale.runner.launch.journal import Entry, Spec
 
 MISSED_BEATS = 4
 """A heartbeat this many times late counts as missing, where the processes themselves cannot be seen."""
 
 Event = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a host said over SSH. unreachable: why it said nothing; num_left: processes that live without watchers."""
+
+    is_watched: bool = False
+    num_left: int = 0
+    unreachable: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,7 @@ class HostRecord:
     is_here: its processes are of this machine, so that they can be asked after
     is_watched: its agent or its guard lives; by the heartbeat's age where `is_here` is False
     heartbeat_age_s: None before the first
+    answer: None where the host was not asked, or is this machine
     """
 
     spec: Spec
@@ -36,6 +47,7 @@ class HostRecord:
     is_here: bool
     is_watched: bool
     heartbeat_age_s: float | None
+    answer: Answer | None = None
 
     def find(self, kind: str) -> Event | None:
         """The last event of a kind."""
@@ -67,6 +79,11 @@ class HostRecord:
     @property
     def num_ranks(self) -> int:
         return sum(entry.num_ranks for entry in self.spec.processes)
+
+    def find_first_rank(self, entry: Entry) -> int:
+        """As torchrun gave it, once it did: it need not keep to the order of the hostfile."""
+        events = [event for event in self.all("rank_started") if event.get("process") == entry.name]
+        return int(events[-1]["rank"] - events[-1]["local_rank"]) if events else entry.first_rank
 
     def list_ranks(self, kind: str) -> set[int]:
         """The ranks that an event of this kind tells of."""
@@ -114,27 +131,37 @@ def load_events(path: Path) -> tuple[Event, ...]:
     return tuple(events)
 
 
-def _heartbeat_age(spec: Spec) -> float | None:
+def _age(path: str) -> float | None:
     try:
-        return max(0.0, time.time() - Path(spec.heartbeat).stat().st_mtime)
+        return max(0.0, time.time() - Path(path).stat().st_mtime)
     except OSError:
         return None
 
 
-def load_record(run: RunRef, label: str) -> HostRecord:
+def load_record(run: RunRef, label: str, answer: Answer | None = None) -> HostRecord:
     """
+    answer: what the host itself said, if it was asked
+
     Raises:
         RunError: the run's folder is damaged.
     """
     spec = run.load_spec(label)
-    path, age = Path(spec.events), _heartbeat_age(spec)
+    path, age = Path(spec.events), _age(spec.heartbeat)
     events = load_events(path)
     started = next((event for event in events if event["event"] == "agent_started"), None)
     if started is None:
-        return HostRecord(spec, events, True, False, age)
+        is_remote = any(remote.label == label for remote in run.remotes)
+        return HostRecord(spec, events, not is_remote, False, age, answer)
     if started["machine"] != procs.name_machine():
-        is_fresh = age is not None and age < MISSED_BEATS * spec.heartbeat_s
-        return HostRecord(spec, events, False, is_fresh, age)
+        has_ended = any(event["event"] == "job_ended" for event in events)  # an agent's last word
+        sign_s = age
+        if age is None and run.remotes:  # the first heartbeat comes a moment after the first events
+            sign_s = _age(spec.events)
+        is_fresh = sign_s is not None and sign_s < MISSED_BEATS * spec.heartbeat_s and not has_ended
+        if answer is None or answer.unreachable:
+            return HostRecord(spec, events, False, is_fresh, age, answer)
+        events = events if answer.is_watched else load_events(path)
+        return HostRecord(spec, events, False, answer.is_watched and not has_ended, age, answer)
     agent = procs.is_same_alive(started["pid"], started["start_time"] or -1)
     guard = procs.is_same_alive(started["guard"] or 0, started["guard_start_time"] or -1)
     if not (agent or guard):
@@ -142,5 +169,34 @@ def load_record(run: RunRef, label: str) -> HostRecord:
     return HostRecord(spec, events, True, agent or guard, age)
 
 
-def load_records(run: RunRef) -> tuple[HostRecord, ...]:
-    return tuple(load_record(run, label) for label in run.labels)
+def load_records(run: RunRef, answers: Mapping[str, Answer] | None = None) -> tuple[HostRecord, ...]:
+    return tuple(load_record(run, label, (answers or {}).get(label)) for label in run.labels)
+
+
+_OUTCOMES = ("failed", "lost", "stopped", "succeeded")
+_CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
+CLOSE_S = 10.0
+"""Failures so near to each other are of one cause."""
+
+
+def order_by_cause(records: Iterable[HostRecord]) -> list[HostRecord]:
+    """The host first that most likely brought the others down.
+
+    When a rank dies, those of other hosts fail a moment later by a broken connection, and their hosts may be quicker to
+    say so. So among failures near to each other a death by the kernel's hand goes before an exception or an abort,
+    and then the earlier goes before the later.
+    """
+    listed = list(records)
+    times = [end["time"] for record in listed if (end := record.find("job_ended")) and end["outcome"] == "failed"]
+    earliest = min(times, default=0.0)
+
+    def weigh(record: HostRecord) -> tuple[int, int, float]:
+        end = record.find("job_ended")
+        if end is None:
+            return len(_OUTCOMES), 0, 0.0
+        said = record.find("stopping") or end
+        deaths = {event["signal"] for event in record.all("rank_exited") if event.get("first")}
+        is_cause = end["time"] - earliest < CLOSE_S and bool(deaths & set(_CAUSES))
+        return _OUTCOMES.index(end["outcome"]), not is_cause, said["time"]
+
+    return sorted(listed, key=weigh)

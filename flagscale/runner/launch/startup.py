@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flagscale.errors import LaunchError
-from flagscale.runner.launch.ending import ask_to_end, catch_interrupts
+from flagscale.runner.launch.ending import catch_interrupts, tell_to_end
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.journal import read_tail
-from flagscale.runner.launch.record import HostRecord, load_records
+from flagscale.runner.launch.reach import Look
+from flagscale.runner.launch.record import HostRecord, order_by_cause
 from flagscale.runner.launch.resume import describe_beginning
 from flagscale.runner.plan.job import JobPlan
 
@@ -34,18 +35,19 @@ def wait_until_up(run: RunRef, plan: JobPlan, foreground: bool) -> None:
     with catch_interrupts(run, stops_job=foreground) as interrupts:
         print(describe_launch(run, plan, foreground), file=sys.stderr, flush=True)
         deadline = time.monotonic() + plan.start_timeout_s
+        look = Look(run)
         with show_progress() as show:
             while True:
                 if interrupts.num:
                     raise explain_interrupt(run, is_stopping=foreground)
-                records = load_records(run)
+                records = look.load_records()
                 check_alive(run, records, foreground)
                 text, is_up = describe_start(records)
                 show(text)
                 if is_up:
                     break
                 if time.monotonic() > deadline:
-                    ask_to_end(records)
+                    tell_to_end(run, f"the launcher: only {text} after {plan.start_timeout_s:g} s")
                     raise LaunchError(
                         f"run {run.run_id}: after {plan.start_timeout_s:g} s only {text}; the job was ended. "
                         f"Its output: {', '.join(str(record.output) for record in records)}"
@@ -108,9 +110,12 @@ def check_alive(run: RunRef, records: tuple[HostRecord, ...], foreground: bool) 
         LaunchError: a host's job ended badly or its watchers are gone, with the last lines of what failed first. In
             the foreground its exit code is the job's.
     """
-    for record in records:
+    has_failed = any((end := record.find("job_ended")) and end["outcome"] == "failed" for record in records)
+    if has_failed and any(record.is_alive and record.spec.ending for record in records):
+        return  # the other hosts are ending too; whose fault it was is known when all have
+    for record in order_by_cause(records):
         end = record.find("job_ended")
-        if end is None and record.is_alive:
+        if end is None and (record.is_alive or (record.answer and record.answer.unreachable)):
             continue
         if end is not None and end["outcome"] == "succeeded":
             continue

@@ -1,9 +1,9 @@
 """Staying with a job: its output and progress as they come, Ctrl-C, and what is to be said at the end."""
 
 from flagscale.errors import RunError
-from flagscale.runner.launch.ending import Interrupts, catch_interrupts
+from flagscale.runner.launch.ending import Interrupts, catch_interrupts, tell_to_end
 from flagscale.runner.launch.folder import RunRef
-from flagscale.runner.launch.record import load_records
+from flagscale.runner.launch.reach import Look
 from flagscale.runner.monitor.logs import check_outputs_left, find_output_tails, follow_lines
 from flagscale.runner.monitor.plot import plot_loss
 from flagscale.runner.monitor.screen import Screen
@@ -45,17 +45,23 @@ def _show_until_end(
     run: RunRef, screen: Screen, interrupts: Interrupts, *, stops_job: bool, num_lines: int | None = None
 ) -> None:
     told = 0
+    look = Look(run)
 
     def has_ended() -> bool:
         nonlocal told
-        if stops_job and interrupts.num != told:
+        if stops_job and interrupts.num > told:
             told = interrupts.num
             is_first = told == 1
             screen.say(
                 f"stopping {run.run_id}; Ctrl-C again ends it at once" if is_first else f"ending {run.run_id} at once"
             )
         is_left = interrupts.num > 0 and not stops_job
-        return is_left or not any(record.is_watched for record in load_records(run))
+        records = look.load_records()
+        if stops_job and not told and (cut_off := look.find_cut_off()):
+            told = 1
+            screen.say(f"ending {run.run_id}: {cut_off}")
+            tell_to_end(run, f"the launcher: {cut_off}")
+        return is_left or not any(record.is_watched for record in records)
 
     tails = find_output_tails(run)
     prefixes = {tail.name: f"{tail.name} | " if len(tails) > 1 else "" for tail in tails}

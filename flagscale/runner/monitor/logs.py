@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flagscale.errors import RunError
 from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.reach import Look
 from flagscale.runner.launch.record import HostRecord, load_records
 
 POLL_S = 0.3
@@ -66,8 +67,9 @@ def check_outputs_left(run: RunRef) -> None:
 def _locate(run: RunRef, rank: int, records: Sequence[HostRecord]) -> tuple[HostRecord, int]:
     for record in records:
         for entry in record.spec.processes:
-            if entry.first_rank <= rank < entry.first_rank + entry.num_ranks:
-                return record, rank - entry.first_rank
+            first_rank = record.find_first_rank(entry)
+            if first_rank <= rank < first_rank + entry.num_ranks:
+                return record, rank - first_rank
     num_ranks = sum(record.num_ranks for record in records)
     if num_ranks == 0:
         raise RunError(f"run {run.run_id} has no ranks; leave out --rank")
@@ -142,5 +144,6 @@ def print_logs(
             for line in tail.read_rest():
                 show(tail, line)
         return
-    for tail, line in follow_lines(tails, lambda: not any(record.is_alive for record in load_records(run))):
+    look = Look(run)
+    for tail, line in follow_lines(tails, lambda: not any(record.is_alive for record in look.load_records())):
         show(tail, line)

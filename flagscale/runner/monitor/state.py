@@ -5,21 +5,24 @@ thing that can be wrong after a crash.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.procs import find_ours
-from flagscale.runner.launch.record import Event, HostRecord, load_records
+from flagscale.runner.launch.reach import load_true_records
+from flagscale.runner.launch.record import Event, HostRecord, order_by_cause
 from flagscale.runner.monitor.progress import Iteration, find_last_iteration
 
-State = Literal["starting", "running", "stopping", "succeeded", "failed", "stopped", "lost", "never_started"]
+State = Literal[
+    "starting", "running", "stopping", "unreachable", "succeeded", "failed", "stopped", "lost", "never_started"
+]
 RankStateName = Literal["waiting", "starting", "up", "exited", "failed", "ended", "gone"]
 
 ENDED: tuple[State, ...] = ("succeeded", "failed", "stopped", "lost", "never_started")
 _WORST_FIRST: tuple[State, ...] = ("failed", "lost", "stopped", "never_started", "succeeded")
-_BUSIEST_FIRST: tuple[State, ...] = ("stopping", "starting", "running")
+_BUSIEST_FIRST: tuple[State, ...] = ("unreachable", "stopping", "starting", "running")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +83,19 @@ def query_run(run: RunRef) -> RunState:
     Raises:
         RunError: the run's folder is damaged.
     """
-    records = load_records(run)
+    records = load_true_records(run)
     hosts = tuple(_judge_host(record) for record in records)
-    ranks = tuple(rank for record in records for rank in _judge_ranks(record))
     state = _judge_run(hosts)
-    worst = next((host for host in hosts if host.state == state), hosts[0])
+    order = [record.label for record in order_by_cause(records)]
+    worst = min((host for host in hosts if host.state == state), key=lambda host: order.index(host.label))
+    failed = [host.label for host in hosts if host.state == "failed"]
+    bad = sorted((host for host in hosts if host.state in ("failed", "lost")), key=lambda host: order.index(host.label))
+    told = worst if worst.reason or not bad else bad[0]  # a run whose other hosts still work
+    ranks = (
+        rank if len(failed) < 2 or rank.host == worst.label else replace(rank, is_first_failure=False)
+        for record in records
+        for rank in _judge_ranks(record)
+    )
     starts = [host.started for host in hosts if host.started is not None]
     ends = [host.ended for host in hosts if host.ended is not None]
     found = [find_last_iteration(record.output, record.output_start, record.output_end) for record in records]
@@ -92,13 +103,19 @@ def query_run(run: RunRef) -> RunState:
         run=run,
         state=state,
         exit_code=worst.exit_code,
-        reason=worst.reason,
+        reason=_name_host(told, len(hosts)),
         started=min(starts, default=None),
         ended=max(ends, default=None) if state in ENDED else None,
         hosts=hosts,
         ranks=tuple(sorted(ranks, key=lambda rank: rank.rank)),
         progress=next((item for item in reversed(found) if item), None),
     )
+
+
+def _name_host(host: HostState, num_hosts: int) -> str | None:
+    """Its reason; where there are several hosts and it is one host's own, behind that host's name."""
+    is_own = num_hosts > 1 and host.state in ("failed", "lost", "unreachable", "never_started")
+    return f"{host.label}: {host.reason}" if is_own and host.reason else host.reason
 
 
 def _judge_run(hosts: Sequence[HostState]) -> State:
@@ -116,9 +133,12 @@ def _judge_host(record: HostRecord) -> HostState:
         state = ended["outcome"]
     elif started is None:
         state, reason = "never_started", "its agent did not start"
+    elif record.answer and record.answer.unreachable:
+        state, reason = "unreachable", _describe_silence(record, record.answer.unreachable)
     elif not record.is_watched:
         state = "lost"
         num_leftovers = len(find_ours(record.spec.token)) if record.is_here else 0
+        num_leftovers = record.answer.num_left if record.answer else num_leftovers
         reason = _describe_loss(record, num_leftovers)
     elif stopping:
         state = "stopping"
@@ -138,8 +158,14 @@ def _judge_host(record: HostRecord) -> HostState:
     )
 
 
+def _describe_silence(record: HostRecord, unreachable: str) -> str:
+    age = record.heartbeat_age_s
+    beat = "no heartbeat" if age is None else f"last heartbeat {age:.0f} s ago"
+    return f"{unreachable}; {beat}"
+
+
 def _describe_loss(record: HostRecord, num_leftovers: int) -> str:
-    if not record.is_here:
+    if not record.is_here and record.answer is None:
         return "no heartbeat, and its processes are on another machine, or the machine was started anew"
     left = f"{num_leftovers} of its processes still live" if num_leftovers else "none of its processes lives"
     return f"its agent and its guard were killed; {left}"
@@ -151,8 +177,9 @@ def _judge_ranks(record: HostRecord) -> list[RankState]:
     up = record.list_ranks("rank_up")
     rows: list[RankState] = []
     for entry in record.spec.processes:
+        first_rank = record.find_first_rank(entry)
         for local_rank in range(entry.num_ranks):
-            rank = entry.first_rank + local_rank
+            rank = first_rank + local_rank
             pid = started[rank]["pid"] if rank in started else None
             if end := exited.get(rank):
                 is_first = bool(end.get("first"))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flagscale.errors import RunError
-from flagscale.runner.launch.ending import ask_to_end
+from flagscale.runner.launch.ending import tell_to_end
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.journal import write_small
-from flagscale.runner.launch.procs import end_leftovers
+from flagscale.runner.launch.reach import Links, Look, ask_hosts, clean_hosts, signal_hosts
 from flagscale.runner.launch.record import HostRecord, load_records
 from flagscale.runner.monitor.state import RunState, query_run
 
@@ -51,7 +51,8 @@ def check_here(run: RunRef, records: tuple[HostRecord, ...]) -> None:
     Raises:
         RunError: a living part of the run is on another machine, or someone else's.
     """
-    away = [record for record in records if record.is_alive and not record.is_here]
+    remote = {remote.label for remote in run.remotes}
+    away = [record for record in records if record.is_alive and not record.is_here and record.label not in remote]
     if away:
         names = ", ".join(str((record.find("agent_started") or {}).get("hostname")) for record in away)
         raise RunError(f"run {run.run_id} runs on {names}, not on this machine; stop it there")
@@ -68,23 +69,49 @@ def stop_run(run: RunRef, force: bool = False, wait: Callable[[], None] | None =
     wait: called between looks, instead of sleeping 0.1 s
 
     Raises:
-        RunError: it runs on another machine, or it does not end.
+        RunError: it runs on another machine that it was not started on, it does not end, or a host of it cannot be
+            reached; all that can be reached is ended first.
     """
-    records = load_records(run)
-    check_here(run, records)
-    was_alive = any(record.is_alive for record in records)
-    if was_alive:
-        by = f"{name_user(os.getuid())} on {socket.gethostname()}"
-        write_small(str(run.folder / "stop.json"), json.dumps({"by": by, "time": time.time()}))
-        ask_to_end(records, signal.SIGUSR1 if force else signal.SIGTERM)
+    with Links(run.remotes) as links:
+        answers = ask_hosts(run, links)
+        records = load_records(run, answers)
+        check_here(run, records)
+        was_alive = any(record.is_alive for record in records) or any(answer.unreachable for answer in answers.values())
+        if was_alive:
+            by = f"{name_user(os.getuid())} on {socket.gethostname()}"
+            write_small(str(run.folder / "stop.json"), json.dumps({"by": by, "time": time.time()}))
+            tell_to_end(run, by, force)
+            reached = [record.label for record in records if not (record.answer and record.answer.unreachable)]
+            signal_hosts(run, links, signal.SIGUSR1 if force else signal.SIGTERM, reached)
+        look = Look(run, links)
+        look.answers = answers
+        _wait_for_end(run, look, wait)
+        grace_s = 0.0 if force else max(record.spec.grace_s for record in records)
+        num_leftovers = clean_hosts(run, links, grace_s)
+    state = query_run(run)
+    silent = [f"{host.label} ({host.reason})" for host in state.hosts if host.state == "unreachable"]
+    if silent:
+        raise RunError(
+            f"run {run.run_id}: cannot tell what lives on {', '.join(silent)}; all other hosts have ended. "
+            f"Its agents end by themselves once they see the run's folder; `flagscale stop {run.run_id}` makes sure"
+        )
+    return Stopped(state, was_alive, num_leftovers)
+
+
+def _wait_for_end(run: RunRef, look: Look, wait: Callable[[], None] | None) -> None:
+    """Until no watcher is seen any more: over SSH where that goes, by the heartbeat where a host does not answer."""
+    records = look.load_records()
     deadline = time.monotonic() + MARGIN_S + max(record.spec.grace_s for record in records)
-    while any(record.is_watched and record.is_here for record in load_records(run)):
+    while any(_may_work(run, record) for record in records):
         if time.monotonic() > deadline:
             raise RunError(f"run {run.run_id} does not end; see {Path(records[0].spec.agent_log)}")
         if wait is None:
             time.sleep(POLL_S)
         else:
             wait()
-    grace_s = 0.0 if force else max(record.spec.grace_s for record in records)
-    num_leftovers = sum(end_leftovers(record.spec.token, grace_s) for record in records if record.is_here)
-    return Stopped(query_run(run), was_alive, num_leftovers)
+        records = look.load_records()
+    look.wait()
+
+
+def _may_work(run: RunRef, record: HostRecord) -> bool:
+    return record.is_watched and (record.is_here or any(remote.label == record.label for remote in run.remotes))

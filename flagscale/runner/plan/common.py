@@ -136,6 +136,8 @@ def plan_job(config: Config, outputs: Outputs, hosts: tuple[HostPlan, ...], **fi
         secrets=tuple(sorted(config.secrets.items())),
         foreground=experiment.runner.foreground,
         start_timeout_s=experiment.runner.start_timeout_s,
+        ssh_port=experiment.runner.ssh_port,
+        accept_new_host_keys=experiment.runner.accept_new_host_keys,
         **fields,
     )
 

@@ -108,6 +108,9 @@ class JobPlan:
     secrets: tuple[tuple[str, str], ...] = ()
     foreground: bool = False
     start_timeout_s: float = 1800.0
+    ssh_port: int | None = None
+    accept_new_host_keys: bool = False
+    """remember the key of a host that was never met; one that changed is refused in any case"""
     version: int = PLAN_VERSION
 
     @property

@@ -1,0 +1,202 @@
+"""One connection to one host by SSH: who it is, its key checked, commands run on it.
+
+Paramiko, because it gives errors that can be told apart and any number of connections from one process; the price is
+that of the user's ssh configuration it knows HostName, User, Port, IdentityFile, UserKnownHostsFile, ProxyCommand and
+ProxyJump only. A key that is not in the known hosts is refused; `accept_new` remembers it. A key that changed is
+refused whatever is asked for.
+
+Imported by who needs a connection, and no sooner: Paramiko takes a quarter of a second.
+"""
+
+import contextlib
+import getpass
+import logging
+import shlex
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paramiko
+
+from flagscale.runner.launch.folder import SSH_PORT, Remote
+
+KEEPALIVE_S = 15
+_SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
+_WRITING = threading.Lock()
+
+
+class LinkError(Exception):
+    """A host cannot be reached, or broke off; the message says why, for one row of a table."""
+
+
+class _UnknownKeyError(paramiko.SSHException):
+    """The host shows a key and the known hosts have none of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a connection goes, and with which keys."""
+
+    hostname: str
+    port: int
+    user: str
+    key_files: tuple[str, ...] = ()
+    known_hosts: Path = Path("~/.ssh/known_hosts")
+    proxy: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.user}@{self.hostname}" + (f":{self.port}" if self.port != SSH_PORT else "")
+
+
+def find_route(remote: Remote, config_path: Path | None = None) -> Route:
+    """What the hostfile says, over what the user's ssh configuration says, over ssh's own defaults.
+
+    Raises:
+        LinkError: the ssh configuration cannot be read.
+    """
+    path = config_path or Path.home() / ".ssh" / "config"
+    entry: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            entry = dict(paramiko.SSHConfig.from_path(str(path)).lookup(remote.name))
+        except (OSError, ValueError, paramiko.SSHException) as error:
+            raise LinkError(f"{path} cannot be read: {error}") from None
+    port = remote.port or int(entry.get("port", SSH_PORT))
+    hostname = str(entry.get("hostname", remote.name))
+    proxy = entry.get("proxycommand")
+    if (jump := entry.get("proxyjump")) and jump != "none":
+        proxy = _through_jump(str(jump), f"{hostname}:{port}")
+    known = str(entry.get("userknownhostsfile", "~/.ssh/known_hosts")).split()[0]
+    return Route(
+        hostname=hostname,
+        port=port,
+        user=remote.user or str(entry.get("user", "")) or getpass.getuser(),
+        key_files=tuple(entry.get("identityfile", ())),
+        known_hosts=Path.home() / known[2:] if known.startswith("~/") else Path(known),
+        proxy=None if proxy == "none" else proxy,
+    )
+
+
+def _through_jump(jump: str, target: str) -> str:
+    """A ProxyCommand for what ProxyJump says: `[user@]host[:port]`, several with commas between."""
+    *earlier, last = jump.split(",")
+    before = ["-J", ",".join(earlier)] if earlier else []
+    return shlex.join(["ssh", *before, "-W", target, last if "://" in last else f"ssh://{last}"])
+
+
+class _KeyPolicy(paramiko.MissingHostKeyPolicy):
+    """Refuse an unknown key, or remember it by one line at the end of the file: the other lines stay as they are."""
+
+    def __init__(self, path: Path, accept_new: bool) -> None:
+        self.path, self.accept_new = path, accept_new
+
+    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
+        del client
+        if not self.accept_new:
+            raise _UnknownKeyError(f"{key.get_name()} {key.fingerprint}")
+        line = f"{hostname} {key.get_name()} {key.get_base64()}\n"
+        with _WRITING, contextlib.suppress(FileNotFoundError):
+            self.path.parent.mkdir(mode=0o700, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(line)
+
+
+def _explain(error: Exception, remote: Remote, route: Route, timeout_s: float) -> str:
+    if isinstance(error, paramiko.BadHostKeyException):
+        return (
+            f"its host key has changed (now {error.key.get_name()} {error.key.fingerprint}, another in "
+            f"{route.known_hosts}); if the machine was made anew, `ssh-keygen -R {remote.name}`, else do not trust it"
+        )
+    if isinstance(error, _UnknownKeyError):
+        return (
+            f"its host key is unknown ({error}); connect once by `ssh {remote}`, or set "
+            "`experiment.runner.accept_new_host_keys: true`"
+        )
+    if isinstance(error, paramiko.AuthenticationException):
+        return f"lets {route.user} in by none of this user's keys ({route}); expected that `ssh {remote}` asks nothing"
+    if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
+        error = next(iter(error.errors.values()), error)
+    if isinstance(error, TimeoutError):
+        return f"cannot be reached: no answer within {timeout_s:g} s ({route})"
+    if isinstance(error, socket.gaierror):
+        return f"cannot be reached: the name `{route.hostname}` is not known"
+    said = error.strerror if isinstance(error, OSError) else None
+    return f"cannot be reached: {said or str(error) or type(error).__name__} ({route})"
+
+
+class Link:
+    """An open connection; it owns the socket and Paramiko's thread.
+
+    Raises:
+        LinkError: from here and from `run`.
+    """
+
+    def __init__(self, remote: Remote, accept_new: bool = False, timeout_s: float = 10.0) -> None:
+        logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # what goes wrong is raised, and told once
+        self.remote = remote
+        self.route = route = find_route(remote)
+        self.client = paramiko.SSHClient()
+        for path in (_SYSTEM_KNOWN_HOSTS, route.known_hosts):
+            with contextlib.suppress(OSError):  # neither need be there
+                self.client.load_system_host_keys(str(path))
+        self.client.set_missing_host_key_policy(_KeyPolicy(route.known_hosts, accept_new))
+        keys: Any = list(route.key_files) or None
+        try:
+            self.client.connect(
+                route.hostname,
+                route.port,
+                route.user,
+                key_filename=keys,
+                timeout=timeout_s,
+                banner_timeout=timeout_s,
+                auth_timeout=timeout_s,
+                channel_timeout=timeout_s,
+                sock=paramiko.ProxyCommand(route.proxy) if route.proxy else None,
+            )
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            self.client.close()
+            raise LinkError(_explain(error, remote, route, timeout_s)) from None
+        if transport := self.client.get_transport():
+            transport.set_keepalive(KEEPALIVE_S)
+
+    def run(self, words: list[str], text: bytes, limit_s: float) -> tuple[int, bytes, bytes]:
+        """Exit code, output and errors of a command; `text` is its input. Its words arrive as they are."""
+        deadline = time.monotonic() + limit_s
+        out, err = bytearray(), bytearray()
+        try:
+            transport = self.client.get_transport()
+            if transport is None:
+                raise EOFError("the connection is closed")
+            with transport.open_session(timeout=limit_s) as channel:
+                channel.settimeout(limit_s)
+                channel.exec_command(shlex.join(words))
+                channel.sendall(text)
+                channel.shutdown_write()
+                channel.settimeout(0.2)
+                while not _drain(channel, out, err):
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                return channel.recv_exit_status(), bytes(out), bytes(err)
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            how = f"no answer within {limit_s:g} s" if isinstance(error, TimeoutError) else str(error) or "broke off"
+            raise LinkError(f"was reached, and then: {how} ({self.route})") from None
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def _drain(channel: paramiko.Channel, out: bytearray, err: bytearray) -> bool:
+    """Take what has come; True once the command has ended and nothing more can come."""
+    while channel.recv_stderr_ready():
+        err += channel.recv_stderr(1 << 16)
+    with contextlib.suppress(TimeoutError):
+        chunk = channel.recv(1 << 16)
+        out += chunk
+        if not chunk:
+            while more := channel.recv_stderr(1 << 16):
+                err += more
+            return True
+    return False

@@ -1,0 +1,212 @@
+"""Asking many hosts at once: connections in parallel, and an answer or a reason for each host, never one exception.
+
+A host that does not answer is part of the truth about a run, so it comes back as a value. Only what a caller cannot go
+on from is raised, by the caller, for all hosts together.
+"""
+
+import json
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from flagscale.runner.launch.archive import ERRANDS, build_archive
+from flagscale.runner.launch.errands import BOOT
+from flagscale.runner.launch.folder import Remote, RunRef
+from flagscale.runner.launch.procs import end_leftovers
+from flagscale.runner.launch.record import Answer, HostRecord, load_records
+
+if TYPE_CHECKING:
+    from flagscale.runner.launch.link import Link
+
+CONNECT_LIMIT_S = 10.0
+ASK_LIMIT_S = 10.0
+ASK_EVERY_S = 10.0
+CUT_OFF_AFTER_S = 30.0
+"""A launcher that stays ends its job once a host has not been reached for so long."""
+MOST_THREADS = 64
+_MISSING = (126, 127)
+"""exit codes of a shell that cannot run a program"""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came of one host: an answer, or the fault that there is none for."""
+
+    answer: Mapping[str, Any]
+    fault: str | None = None
+
+
+class Links:
+    """Open connections to some hosts; owns them, and closes them at the end of a `with`."""
+
+    def __init__(self, remotes: Sequence[Remote], accept_new: bool = False, limit_s: float = CONNECT_LIMIT_S) -> None:
+        self.remotes = {remote.label: remote for remote in remotes}
+        self.accept_new = accept_new
+        self.limit_s = limit_s
+        self.open: dict[str, Link] = {}
+        self.archive = build_archive(ERRANDS)
+
+    def __enter__(self) -> "Links":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for link in self.open.values():
+            link.close()
+        self.open.clear()
+
+    def call(
+        self, errand: str, requests: Mapping[str, Mapping[str, Any]], limit_s: float = ASK_LIMIT_S
+    ) -> dict[str, Reply]:
+        """Run an errand on each host that `requests` names, all at once."""
+
+        def run(label: str) -> Reply:
+            request = json.dumps({"errand": errand, **requests[label]}).encode()
+            text = f"{len(self.archive)}\n".encode() + self.archive + request + b"\n"
+            return self._run(label, [self.remotes[label].python, "-I", "-c", BOOT], text, limit_s)
+
+        return self._each(requests, run)
+
+    def run_all(self, commands: Mapping[str, tuple[list[str], bytes]], limit_s: float) -> dict[str, Reply]:
+        """Run a command that answers with a line of JSON on each host, all at once."""
+        return self._each(commands, lambda label: self._run(label, *commands[label], limit_s))
+
+    def _each(self, labels: Iterable[str], run: Callable[[str], Reply]) -> dict[str, Reply]:
+        names = list(labels)
+        if not names:
+            return {}
+        with ThreadPoolExecutor(min(MOST_THREADS, len(names))) as pool:
+            return dict(zip(names, pool.map(run, names), strict=True))
+
+    def _run(self, label: str, words: list[str], text: bytes, limit_s: float) -> Reply:
+        from flagscale.runner.launch.link import Link, LinkError
+
+        try:
+            if label not in self.open:
+                self.open[label] = Link(self.remotes[label], self.accept_new, self.limit_s)
+            code, out, err = self.open[label].run(words, text, limit_s)
+        except LinkError as error:
+            if broken := self.open.pop(label, None):
+                broken.close()
+            return Reply({}, str(error))
+        told = err.decode(errors="replace").strip()
+        if code in _MISSING:
+            return Reply({}, f"has no interpreter {words[0]}: {told}; expected the launcher's own, on the same path")
+        lines = out.decode(errors="replace").strip().splitlines()
+        try:
+            if code != 0:
+                raise ValueError
+            return Reply(json.loads(lines[-1]))
+        except (ValueError, IndexError):
+            return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {told or out.decode(errors='replace')}")
+
+
+def watchers_of(record: HostRecord) -> dict[str, Any]:
+    """How a host finds the agent and the guard of a run, and nobody else."""
+    event = record.find("agent_started") or {}
+    pairs = [(event.get("pid"), event.get("start_time")), (event.get("guard"), event.get("guard_start_time"))]
+    return {"machine": event.get("machine"), "pids": [pair for pair in pairs if all(pair)], "token": record.spec.token}
+
+
+def find_askable(run: RunRef, records: Iterable[HostRecord]) -> list[HostRecord]:
+    """The hosts of which only themselves know whether they work: other machines whose job has begun and not ended."""
+    remote = {remote.label for remote in run.remotes}
+    return [
+        record
+        for record in records
+        if record.label in remote and not record.is_here and not record.has_ended and record.find("agent_started")
+    ]
+
+
+def ask_hosts(run: RunRef, links: Links | None = None) -> dict[str, Answer]:
+    """Ask over SSH after the agents of all hosts of which it matters; no connection is made where none is."""
+    waiting = find_askable(run, load_records(run))
+    if not waiting:
+        return {}
+    if links is None:
+        with Links(run.remotes) as links:
+            return ask_hosts(run, links)
+    replies = links.call("ask", {record.label: watchers_of(record) for record in waiting})
+    return {
+        label: Answer(unreachable=reply.fault)
+        if reply.fault
+        else Answer(reply.answer["is_watched"], reply.answer["num_left"])
+        for label, reply in replies.items()
+    }
+
+
+def load_true_records(run: RunRef) -> tuple[HostRecord, ...]:
+    """The records, every host that is another machine asked."""
+    return load_records(run, ask_hosts(run))
+
+
+def clean_hosts(run: RunRef, links: Links, grace_s: float) -> int:
+    """End what a run left without watchers on any host that can be reached; returns how many processes that were."""
+    records = load_records(run)
+    total = sum(end_leftovers(record.spec.token, grace_s) for record in records if record.is_here)
+    requests = {
+        record.label: {"token": record.spec.token, "grace_s": grace_s}
+        for record in records
+        if record.label in links.remotes and not record.is_here and record.find("agent_started")
+    }
+    replies = links.call("clean", requests, grace_s + ASK_LIMIT_S)
+    return total + sum(int(reply.answer.get("num_left", 0)) for reply in replies.values())
+
+
+def signal_hosts(run: RunRef, links: Links, signum: int, labels: Iterable[str] | None = None) -> None:
+    """Ask the agents on other machines to end; a host that does not answer learns it from the run's folder.
+
+    labels: only these hosts
+    """
+    wanted = set(run.labels if labels is None else labels)
+    records = [record for record in find_askable(run, load_records(run)) if record.label in wanted]
+    links.call("end", {record.label: {**watchers_of(record), "signum": signum} for record in records})
+
+
+class Look:
+    """Looks at a run again and again: its folder every time, its other machines over SSH in the background.
+
+    Answers are some seconds old; the folder's events and heartbeats are not, so nothing here waits for a host that is
+    silent. Connections stay open between looks; they end with the process, or with the owner of `links`.
+    """
+
+    def __init__(self, run: RunRef, links: Links | None = None) -> None:
+        self.run = run
+        self.links = links or Links(run.remotes)
+        self.answers: dict[str, Answer] = {}
+        self.silent_since: dict[str, float] = {}
+        self.next_ask = 0.0
+        self.asking: threading.Thread | None = None
+
+    def load_records(self) -> tuple[HostRecord, ...]:
+        is_idle = self.asking is None or not self.asking.is_alive()
+        if self.run.remotes and is_idle and time.monotonic() >= self.next_ask:
+            self.next_ask = time.monotonic() + ASK_EVERY_S
+            self.asking = threading.Thread(target=self._ask, daemon=True)
+            self.asking.start()
+        return load_records(self.run, self.answers)
+
+    def _ask(self) -> None:
+        self.answers = answers = ask_hosts(self.run, self.links)
+        silent = {label for label, answer in answers.items() if answer.unreachable}
+        now = time.monotonic()
+        self.silent_since = {label: self.silent_since.get(label, now) for label in silent}
+
+    def find_cut_off(self) -> str | None:
+        """What to say of a host that has not been reached for long."""
+        late = time.monotonic() - CUT_OFF_AFTER_S
+        for label, since in self.silent_since.items():
+            if since <= late:
+                return f"{label} {self.answers[label].unreachable}" if label in self.answers else None
+        return None
+
+    def wait(self) -> None:
+        """Until nobody uses the connections."""
+        if self.asking is not None:
+            self.asking.join()

@@ -1,0 +1,229 @@
+"""Starting a job on many machines over SSH: all of them are asked first, and all of them start, or none.
+
+The run's folder is on a file system that every host sees; agents write into it, and everything that reads a run reads
+it there. SSH carries only questions, the start and the stop. Each host gets the same agent as this machine would, which
+leaves its terminal at once, so the job needs neither the launcher nor the connection afterwards.
+
+The order: connect to all and check on each at once, tell every fault of every host; write all files or none; start all
+agents at once; should one not start, end the others before anything is said.
+"""
+
+import json
+import secrets as random_words
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flagscale.errors import FlagScaleError, LaunchError, UserError
+from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port, gather_secrets
+from flagscale.runner.launch.ending import catch_interrupts
+from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
+from flagscale.runner.launch.folder import (
+    RunRef,
+    describe_job,
+    find_current,
+    hold_lock,
+    list_files,
+    list_folders,
+    list_remotes,
+    make_run_id,
+    ref_of,
+)
+from flagscale.runner.launch.local import GRACE_S, HANDOVER_LIMIT_S, hand_over, refuse_living, strip_secrets
+from flagscale.runner.launch.peers import Notice, write_notice
+from flagscale.runner.launch.reach import Links, Look, ask_hosts, clean_hosts, signal_hosts
+from flagscale.runner.launch.record import load_records
+from flagscale.runner.launch.startup import explain_interrupt
+from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, encode_plan
+
+CHECK_LIMIT_S = 60.0
+END_MARGIN_S = 20.0
+
+Fault = tuple[str, str]
+"""(host, what is wrong there)"""
+
+
+def submit_job(
+    plan: JobPlan,
+    *,
+    config: Mapping[str, Any],
+    command: Sequence[str],
+    env: Mapping[str, str],
+    grace_s: float = GRACE_S,
+) -> RunRef:
+    """Start a plan on its hosts; returns once every host's agent has started its processes. As `local.submit_job`.
+
+    Raises:
+        UserError: the plan cannot run as it is on these hosts; nothing was started, and nothing stays written.
+        LaunchError: a host cannot be reached or has another fault, the folder's run still lives, or an agent did not
+            start; nothing runs then.
+    """
+    secrets = gather_secrets(plan, env)
+    exp_dir = Path(plan.exp_dir)
+    made = make_folder(exp_dir / "runs")
+    run: RunRef | None = None
+    try:
+        with hold_lock(exp_dir), Links(list_remotes(plan), plan.accept_new_host_keys) as links:
+            port = check_hosts(plan, links, env)
+            end_stale(exp_dir)
+            run_id = make_run_id(datetime.now(UTC))
+            values: dict[LaunchName, str] = {"master_port": str(port), "run_id": run_id}
+            job = describe_job(plan, run_id, values, config, command)
+            write_all(list_files(plan, run_id, values, job, grace_s), list_folders(plan, run_id))
+            run = ref_of(plan, run_id)
+            start_agents(run, links, secrets, strip_secrets(plan, env))
+            return run
+    finally:
+        if run is None and made:
+            (exp_dir / "runs" / "lock").unlink(missing_ok=True)
+            remove_folders(made)
+
+
+# --- before anything is started --------------------------------------------------------------------------------------
+
+
+def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> int:
+    """Ask every host whether it can do its part; returns the port where the ranks meet, chosen on the head host.
+
+    Raises:
+        UserError, LaunchError: what is wrong on which host, all of it.
+    """
+    faults: list[tuple[str, Fault]] = []
+    port = plan.master_port or 0
+    with _place_nonce(Path(plan.exp_dir)) as (path, nonce):
+        requests = {
+            host.label: {
+                "plan": encode_plan(replace(plan, hosts=(host,))),
+                "nonce_path": str(path),
+                "nonce": nonce,
+                "is_head": host is plan.hosts[0],
+            }
+            for host in plan.hosts
+            if host.label in links.remotes
+        }
+        replies = links.call("check", requests, CHECK_LIMIT_S)
+    for host in plan.hosts:
+        name = host.host.name
+        if host.label not in replies:
+            faults += [(kind, (name, text)) for kind, text in _check_here(plan, host, env)]
+            port = port or choose_port(plan)
+            continue
+        reply = replies[host.label]
+        if reply.fault:
+            faults.append(("launch", (name, reply.fault)))
+            continue
+        faults += [(kind, (name, text)) for kind, text in reply.answer["faults"]]
+        port = reply.answer["port"] or port
+    if faults:
+        error = UserError if all(kind == "user" for kind, _ in faults) else LaunchError
+        raise error(describe_faults([fault for _, fault in faults], len(plan.hosts)))
+    return port
+
+
+def _check_here(plan: JobPlan, host: HostPlan, env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """A plan may name this machine beside others."""
+    alone = replace(plan, hosts=(host,))
+    try:
+        check_programs(alone, env)
+        check_outputs(alone)
+    except FlagScaleError as error:
+        yield ("user" if isinstance(error, UserError) else "launch"), str(error)
+
+
+@contextmanager
+def _place_nonce(exp_dir: Path) -> Iterator[tuple[Path, str]]:
+    """A file that only a host with this very folder can read."""
+    nonce = random_words.token_hex(16)
+    path = exp_dir / "runs" / f".shared.{nonce[:8]}"
+    write_all([NewFile(path, nonce.encode())])
+    try:
+        yield path, nonce
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def describe_faults(faults: Sequence[Fault], num_hosts: int) -> str:
+    """One line a host and fault, the hosts in a column of their own."""
+    names = dict.fromkeys(name for name, _ in faults)
+    width = max(map(len, names))
+    lines = [f"{len(names)} of {num_hosts} hosts cannot take part; nothing was started"]
+    for name, text in faults:
+        first, *more = text.splitlines() or [""]
+        lines += [f"  {name:{width}}  {first}", *(f"  {'':{width}}  {line}" for line in more)]
+    return "\n".join(lines)
+
+
+def end_stale(exp_dir: Path) -> None:
+    """As `local.end_stale`, over all hosts of the folder's last run.
+
+    Raises:
+        LaunchError: it lives, or a host of it cannot be reached, so that nobody knows.
+    """
+    run = find_current(exp_dir)
+    if run is None:
+        return
+    with Links(run.remotes) as links:
+        answers = ask_hosts(run, links)
+        records = load_records(run, answers)
+        refuse_living(run, records)
+        silent = [
+            (record.label, answers[record.label].unreachable or "") for record in records if record.label in answers
+        ]
+        silent = [(label, text) for label, text in silent if text]
+        if silent:
+            told = "\n".join(f"  {label} {text}" for label, text in silent)
+            raise LaunchError(
+                f"{exp_dir} holds run {run.run_id}, which may still live on hosts that do not answer:\n{told}\n"
+                "use another `experiment.exp_dir`, or launch when they are back"
+            )
+        clean_hosts(run, links, GRACE_S)
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+def start_agents(run: RunRef, links: Links, secrets: Mapping[str, str], env: Mapping[str, str]) -> None:
+    """Start the agent of every host, all at once; secrets go over their standard input.
+
+    Raises:
+        LaunchError: one did not start, or Ctrl-C; all that had started are ended then.
+    """
+    line = json.dumps(dict(secrets)).encode() + b"\n"
+    archive = str(run.folder / "agent.pyz")
+    commands = {
+        label: ([remote.python, "-I", archive, str(run.spec_path(label))], line)
+        for label, remote in links.remotes.items()
+    }
+    with catch_interrupts(run, stops_job=False) as interrupts:
+        replies = links.run_all(commands, HANDOVER_LIMIT_S)
+        faults = [(links.remotes[label].name, reply.fault) for label, reply in replies.items() if reply.fault]
+        try:
+            for label in run.labels:
+                if label not in replies and not faults:
+                    hand_over(run, label, secrets, env)
+        except LaunchError as error:
+            faults.append(("localhost", str(error)))
+        if faults or interrupts.num:
+            end_all(run, links, "Ctrl-C during the launch" if not faults else "another host's agent did not start")
+        if faults:
+            raise LaunchError(describe_faults(faults, len(run.labels)).replace("nothing was started", "all were ended"))
+        if interrupts.num:
+            raise explain_interrupt(run, is_stopping=True)
+
+
+def end_all(run: RunRef, links: Links, reason: str) -> None:
+    """End a run on all hosts, and return when it has ended wherever that can be seen."""
+    write_notice(run.notice_path, Notice("", reason))
+    signal_hosts(run, links, signal.SIGTERM)
+    grace_s = max(record.spec.grace_s for record in load_records(run))
+    deadline = time.monotonic() + grace_s + END_MARGIN_S
+    look = Look(run, links)
+    while any(record.is_alive for record in look.load_records()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    look.wait()
+    clean_hosts(run, links, grace_s)

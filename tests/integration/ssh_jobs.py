@@ -1,0 +1,124 @@
+"""Jobs over test hosts: a folder they share, a configuration, and the command as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from factories import ROOT
+from hosts import HostSet
+
+from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.monitor.runs import load_run
+
+ENTRY = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+rank = os.environ["RANK"]
+here = Path(__file__).parent
+if rank in os.environ.get("FAIL_AT_START", "").split(","):
+    sys.exit("out of luck")
+dist.init_process_group("gloo")
+import torch
+total = torch.ones(1)
+dist.all_reduce(total)
+print(f"rank {rank} of {int(total)} on {os.uname().nodename}", flush=True)
+secret = len(os.environ.get("TOKEN", ""))
+print("quoted:", os.environ.get("QUOTED"), "of host:", os.environ.get("OF_HOST"), "secret:", secret, flush=True)
+is_over = torch.zeros(1)
+while not is_over:  # all ranks leave in the same round
+    time.sleep(0.2)
+    is_over = torch.tensor([float((here / "go").exists())])
+    dist.all_reduce(is_over)
+print(f"rank {rank} is done", flush=True)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A set of hosts, and a folder of experiments that all of them see."""
+
+    hosts: HostSet
+    base: Path
+
+    @property
+    def exp_dir(self) -> Path:
+        return self.base / "exp"
+
+    def write(self, num_hosts: int = 2, slots: int = 1, hostfile: str | None = None, **runner: Any) -> None:
+        """The configuration of a torchrun job, one line of the hostfile a host."""
+        listed = "".join(f"h{number} slots={slots}\n" for number in range(1, num_hosts + 1))
+        (self.base / "hostfile").write_text(listed if hostfile is None else hostfile)
+        (self.base / "rank.py").write_text(ENTRY)
+        config = {
+            "defaults": ["_self_", {"train": "small"}],
+            "experiment": {
+                "exp_name": "small",
+                "exp_dir": str(self.exp_dir),
+                "task": {"type": "train", "backend": "pi0", "entrypoint": str(self.base / "rank.py")},
+                "runner": {
+                    "hostfile": str(self.base / "hostfile"),
+                    "start_timeout_s": 90,
+                    **runner,
+                },
+                "envs": {
+                    "PYTHONUNBUFFERED": "1",
+                    "OMP_NUM_THREADS": "1",
+                    "QUOTED": "a 'b' \"c\" $HOME `d` \\e",
+                    "GLOO_SOCKET_IFNAME": "eth0",
+                },
+                "node_specific": {"h2": {"OF_HOST": "two"}},
+                "secrets": ["TOKEN"],
+            },
+            "action": "run",
+            "hydra": {"run": {"dir": "${experiment.exp_dir}/hydra"}},
+        }
+        conf = self.base / "conf"
+        (conf / "train").mkdir(parents=True, exist_ok=True)
+        (conf / "config.yaml").write_text(json.dumps(config))
+        (conf / "train" / "small.yaml").write_text(json.dumps({"system": {}, "model": {}, "data": {}}))
+
+    def popen(self, *words: str) -> subprocess.Popen[str]:
+        env = ["env", f"FLAGSCALE_STATE_DIR={self.base / 'state'}", f"PYTHONPATH={ROOT}", "TOKEN=hidden-value"]
+        command = [*env, sys.executable, "-c", "import sys; from flagscale.cli import main; sys.exit(main())", *words]
+        return subprocess.Popen(
+            self.hosts.command(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.base
+        )
+
+    def call(self, *words: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """A verb of the command in a process of its own, in the control namespace."""
+        with self.popen(*words) as process:
+            try:
+                out, err = process.communicate(timeout=timeout_s)
+            finally:
+                process.kill()
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def launch(self, *overrides: str) -> subprocess.CompletedProcess[str]:
+        return self.call("run", str(self.base / "conf" / "config.yaml"), *overrides)
+
+    def status(self) -> dict[str, Any]:
+        done = self.call("status", str(self.exp_dir), "--json")
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    @property
+    def run(self) -> RunRef:
+        return load_run(self.exp_dir)
+
+    def list_left(self) -> list[str]:
+        """Command lines of living processes of the run, of all hosts: this process sees them all."""
+        needle = f"FLAGSCALE_RUN_TOKEN={self.run.load_spec(self.run.labels[0]).token}".encode()
+        found: list[str] = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if needle in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
+                    found.append(f"{folder.name} " + (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+        return found

@@ -1,0 +1,353 @@
+"""The SSH launcher's parts that need no other machine."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_peers import make_spec
+from test_state import ENDED, RUN_ID, UP, VALUES, agent_started, folder, write_all
+
+from flagscale.errors import LaunchError, UserError
+from flagscale.runner.config.hostfile import Host
+from flagscale.runner.launch import errands, procs, reach
+from flagscale.runner.launch.archive import ERRANDS, build_archive
+from flagscale.runner.launch.folder import Remote, RunRef, find_neighbour, list_remotes, load_ref, ref_of
+from flagscale.runner.launch.record import Answer, HostRecord, order_by_cause
+from flagscale.runner.launch.ssh import check_hosts, describe_faults
+from flagscale.runner.launch.startup import check_alive
+from flagscale.runner.monitor.state import query_run
+from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec, decode_plan, encode_plan
+
+paramiko = pytest.importorskip("paramiko")
+
+from flagscale.runner.launch import link  # noqa: E402
+
+
+def make_plan(base: Path, *hosts: Host, first_ranks: tuple[int, ...] = (0, 1, 2), **fields: Any) -> JobPlan:
+    rows = tuple(
+        HostPlan(host, number, (ProcessSpec("main", ("true",), "/", num_ranks=1, first_rank=first_ranks[number]),))
+        for number, host in enumerate(hosts)
+    )
+    exp_dir = base / "exp"
+    return JobPlan("train", "megatron", "small", str(exp_dir), str(exp_dir / "logs"), rows, **fields)
+
+
+TWO = (Host("a", 1), Host("b", 1, user="u", port=2200))
+
+# --- who is where ----------------------------------------------------------------------------------------------------
+
+
+def test_hosts_of_a_plan_are_kept_with_the_run(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, *TWO, Host("localhost", 1), ssh_port=22)
+    run = write_run(plan, {})
+    expected = (
+        Remote("host_0_a", "a", None, None, sys.executable),
+        Remote("host_1_b", "b", "u", 2200, sys.executable),
+    )
+    assert list_remotes(plan) == expected
+    assert load_ref(tmp_path / "exp", RUN_ID) == run
+    assert run.remotes == expected
+    assert list_remotes(replace(plan, ssh_port=2222))[0].port == 2222
+    assert list_remotes(replace(plan, ssh_port=2222))[1].port == 2200
+    assert [str(remote) for remote in expected] == ["a", "u@b"]
+
+
+def test_plans_of_earlier_runs_are_read_without_the_new_fields(tmp_path: Path) -> None:
+    row = encode_plan(make_plan(tmp_path, *TWO))
+    del row["ssh_port"], row["accept_new_host_keys"]
+    assert decode_plan(row).accept_new_host_keys is False
+
+
+def test_neighbours_go_around_and_hosts_apart_have_none(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, *TWO, Host("c", 1))
+    assert [find_neighbour(plan, host) for host in plan.hosts] == ["host_1_b", "host_2_c", "host_0_a"]
+    alone = make_plan(tmp_path, Host("a", 1))
+    assert find_neighbour(alone, alone.hosts[0]) == ""
+    per_node = make_plan(tmp_path, *TWO, first_ranks=(0, 0))
+    assert [find_neighbour(per_node, host) for host in per_node.hosts] == ["", ""]
+
+
+CONFIG = """
+Host b
+  HostName 10.0.0.9
+  User carol
+  Port 2022
+  IdentityFile ~/.ssh/special
+Host inner
+  ProxyJump u@gate:99
+"""
+
+
+@pytest.mark.parametrize(
+    ("remote", "expected"),
+    [
+        (Remote("l", "b", None, None, "p"), "carol@10.0.0.9:2022"),
+        (Remote("l", "b", "dave", 23, "p"), "dave@10.0.0.9:23"),
+        (Remote("l", "c", "dave", None, "p"), "dave@c"),
+    ],
+)
+def test_the_hostfile_goes_over_the_ssh_configuration(tmp_path: Path, remote: Remote, expected: str) -> None:
+    path = tmp_path / "config"
+    path.write_text(CONFIG)
+    route = link.find_route(remote, path)
+    assert str(route) == expected
+    assert bool(route.key_files) is (remote.name == "b")
+
+
+def test_jump_hosts_and_known_hosts_of_the_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "config"
+    path.write_text(CONFIG + f"Host *\n  UserKnownHostsFile {tmp_path}/known\n")
+    route = link.find_route(Remote("l", "inner", "u", None, "p"), path)
+    assert route.proxy == "ssh -W inner:22 ssh://u@gate:99"
+    assert route.known_hosts == tmp_path / "known"
+    assert link._through_jump("a,b,c", "h:1") == "ssh -J a,b -W h:1 ssh://c"
+
+
+def test_a_new_key_is_one_line_more_and_nothing_else(tmp_path: Path) -> None:
+    known = tmp_path / "ssh" / "known_hosts"
+    key = paramiko.ECDSAKey.generate()
+    with pytest.raises(paramiko.SSHException, match="SHA256:"):
+        link._KeyPolicy(known, False).missing_host_key(paramiko.SSHClient(), "h", key)
+    assert not known.exists()
+    link._KeyPolicy(known, True).missing_host_key(paramiko.SSHClient(), "h", key)
+    link._KeyPolicy(known, True).missing_host_key(paramiko.SSHClient(), "[h]:2", key)
+    assert [line.split()[0] for line in known.read_text().splitlines()] == ["h", "[h]:2"]
+    assert stat.S_IMODE(known.parent.stat().st_mode) == 0o700
+
+
+def test_a_host_that_nobody_knows_is_one_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with reach.Links([Remote("l", "127.0.0.1", "u", 1, "p")], limit_s=5) as links:
+        assert links.call("ask", {"l": {}})["l"].fault == "cannot be reached: Connection refused (u@127.0.0.1:1)"
+        assert links.call("ask", {}) == {}
+
+
+# --- errands ---------------------------------------------------------------------------------------------------------
+
+
+def send_errand(**request: Any) -> dict[str, Any]:
+    """As a host runs it: the archive and one line on standard input, nothing of this package on the path."""
+    archive = build_archive(ERRANDS)
+    text = f"{len(archive)}\n".encode() + archive + json.dumps(request).encode() + b"\n"
+    done = subprocess.run([sys.executable, "-I", "-c", errands.BOOT], input=text, capture_output=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def check_request(plan: JobPlan, path: Path, nonce: str, is_head: bool = True) -> dict[str, Any]:
+    alone = replace(plan, hosts=plan.hosts[:1])
+    return {"plan": encode_plan(alone), "nonce_path": str(path), "nonce": nonce, "is_head": is_head}
+
+
+def test_a_host_checks_its_part_of_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "nonce"
+    path.write_text("n")
+    plan = make_plan(tmp_path, *TWO)
+    answer = send_errand(errand="check", **check_request(plan, path, "n"))
+    assert answer["faults"] == []
+    assert 1024 < answer["port"] < 65536
+    assert sorted(tmp_path.iterdir()) == [path]
+    wrong = errands.check(check_request(plan, path, "other", is_head=False))
+    assert (wrong["port"], [kind for kind, _ in wrong["faults"]]) == (None, ["user"])
+    assert "another" in wrong["faults"][0][1]
+    missing = errands.check(check_request(plan, tmp_path / "no" / "nonce", "n", is_head=False))
+    assert "does not see the experiment folder" in missing["faults"][0][1]
+
+
+def test_a_host_tells_all_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "nonce"
+    path.write_text("n")
+    process = ProcessSpec("main", ("nosuchprogram", "x.py"), "/", entrypoint="x.py")
+    plan = replace(make_plan(tmp_path, *TWO), hosts=(HostPlan(TWO[0], 0, (process,)),))
+    faults = errands.check(check_request(plan, path, "n"))["faults"]
+    assert [kind for kind, _ in faults] == ["user"]
+    assert "program `nosuchprogram` is not on the PATH" in faults[0][1]
+    assert "entry point /x.py is missing" in faults[0][1]
+
+
+def test_a_host_tells_who_watches_and_ends_whom_it_is_asked_to() -> None:
+    token = "token-of-test-ssh"
+    with subprocess.Popen(["sleep", "600"], env={**os.environ, procs.TOKEN: token}) as child:
+        proc = procs.find_proc(child.pid)
+        assert proc
+        who = {"machine": procs.name_machine(), "pids": [[child.pid, proc.start_time]], "token": token}
+        assert send_errand(errand="ask", **who) == {"is_watched": True, "num_left": 0}
+        gone = {**who, "pids": [[child.pid, proc.start_time + 1]]}
+        assert errands.ask(gone) == {"is_watched": False, "num_left": 1}
+        assert errands.ask({**who, "machine": "another start"}) == {"is_watched": False, "num_left": 1}
+        errands.end({**who, "machine": "another start", "signum": 9})
+        assert child.poll() is None
+        errands.end({**who, "signum": 15})
+        assert child.wait(10) == -15
+    assert errands.clean({"token": token, "grace_s": 0}) == {"num_left": 0}
+
+
+# --- what is told ----------------------------------------------------------------------------------------------------
+
+
+def test_every_fault_of_every_host_is_in_one_table() -> None:
+    text = describe_faults([("a", "one\ntwo"), ("longer", "three"), ("a", "four")], 3)
+    assert text.splitlines() == [
+        "2 of 3 hosts cannot take part; nothing was started",
+        "  a       one",
+        "          two",
+        "  longer  three",
+        "  a       four",
+    ]
+
+
+class FakeLinks:
+    def __init__(self, plan: JobPlan, **replies: reach.Reply) -> None:
+        self.remotes = {remote.label: remote for remote in list_remotes(plan)}
+        self.replies = {self.label_of(name): reply for name, reply in replies.items()}
+
+    def label_of(self, name: str) -> str:
+        return next(label for label, remote in self.remotes.items() if remote.name == name)
+
+    def call(self, _errand: str, requests: dict[str, Any], _limit_s: float) -> dict[str, reach.Reply]:
+        assert set(requests) == set(self.replies)
+        return self.replies
+
+
+def test_the_port_is_the_head_host_s_and_faults_have_their_class(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, *TWO)
+    (tmp_path / "exp").mkdir()
+    good = {"a": reach.Reply({"faults": [], "port": 4321}), "b": reach.Reply({"faults": [], "port": None})}
+    assert check_hosts(plan, FakeLinks(plan, **good), {}) == 4321  # type: ignore[arg-type]
+    user = reach.Reply({"faults": [["user", "no entry point"]], "port": None})
+    with pytest.raises(UserError, match="1 of 2 hosts cannot take part"):
+        check_hosts(plan, FakeLinks(plan, **{**good, "b": user}), {})  # type: ignore[arg-type]
+    silent = reach.Reply({}, "cannot be reached")
+    with pytest.raises(LaunchError, match="2 of 2 hosts"):
+        check_hosts(plan, FakeLinks(plan, a=silent, b=user), {})  # type: ignore[arg-type]
+    assert list((tmp_path / "exp" / "runs").iterdir()) == []
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+def write_run(plan: JobPlan, events: dict[str, list[dict[str, Any]]]) -> RunRef:
+    base = Path(plan.exp_dir).parent
+    files = folder.list_files(plan, RUN_ID, VALUES, folder.describe_job(plan, RUN_ID, VALUES, {}, []), 1.0)
+    write_all([file for file in files if base in file.path.parents], folder.list_folders(plan, RUN_ID))
+    run = ref_of(plan, RUN_ID)
+    for label, rows in events.items():
+        lines = [json.dumps({"time": 100.0 + n, "host": label, **row}) + "\n" for n, row in enumerate(rows)]
+        Path(run.load_spec(label).events).write_text("".join(lines))
+        Path(run.load_spec(label).heartbeat).touch()
+    return run
+
+
+def died(rank: int, **how: Any) -> dict[str, Any]:
+    return {"event": "rank_exited", "rank": rank, "exit_code": None, "signal": None, "first": True, "pid": 1, **how}
+
+
+def ended(outcome: str, reason: str, time: float) -> list[dict[str, Any]]:
+    stopping = {"event": "stopping", "outcome": outcome, "by": reason, "time": time}
+    return [stopping, {**ENDED, "outcome": outcome, "reason": reason, "exit_code": 1, "time": time + 2}]
+
+
+def test_of_two_hosts_that_failed_the_cause_is_named(tmp_path: Path) -> None:
+    away = agent_started(True, "elsewhere")
+    run = write_run(
+        make_plan(tmp_path, *TWO),
+        {
+            "host_0_a": [away, died(0, exit_code=1), *ended("failed", "rank 0 ended with exit code 1", 200.0)],
+            "host_1_b": [away, died(1, signal="SIGKILL"), *ended("failed", "rank 1 died of SIGKILL", 201.0)],
+        },
+    )
+    state = query_run(run)
+    assert (state.state, state.reason) == ("failed", "host_1_b: rank 1 died of SIGKILL")
+    assert [rank.is_first_failure for rank in state.ranks] == [False, True]
+    with pytest.raises(LaunchError, match="did not start on host_1_b: rank 1 died of SIGKILL"):
+        check_alive(run, reach.load_true_records(run), False)
+
+
+def record_of(base: Path, label: str, events: list[dict[str, Any]]) -> HostRecord:
+    return HostRecord(make_spec(base, label), tuple({"time": 1.0, **event} for event in events), False, False, None)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (ended("failed", "x", 9.0), ended("stopped", "y", 1.0)),
+        (ended("lost", "x", 9.0), ended("stopped", "y", 1.0)),
+        (ended("failed", "x", 1.0), ended("failed", "y", 2.0)),
+        (
+            [died(0, signal="SIGSEGV"), *ended("failed", "x", 5.0)],
+            [died(1, signal="SIGABRT"), *ended("failed", "y", 1.0)],
+        ),
+        (ended("failed", "x", 1.0), [died(1, signal="SIGKILL"), *ended("failed", "y", 60.0)]),
+        (ended("succeeded", "x", 1.0), []),
+    ],
+)
+def test_the_cause_goes_first_in_any_order(
+    tmp_path: Path, first: list[dict[str, Any]], second: list[dict[str, Any]]
+) -> None:
+    records = [record_of(tmp_path, "host_0_a", first), record_of(tmp_path, "host_1_b", second)]
+    assert [record.label for record in order_by_cause(records)] == ["host_0_a", "host_1_b"]
+    assert [record.label for record in order_by_cause(records[::-1])] == ["host_0_a", "host_1_b"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "reason"),
+    [
+        (Answer(True), "running", None),
+        (Answer(False, 3), "running", "host_1_b: its agent and its guard were killed; 3 of its processes still live"),
+        (
+            Answer(unreachable="cannot be reached: no route"),
+            "unreachable",
+            "host_1_b: cannot be reached: no route; last",
+        ),
+    ],
+)
+def test_a_host_s_own_word_goes_over_its_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer, state: str, reason: str | None
+) -> None:
+    away = agent_started(True, "elsewhere")
+    up = [{**UP[0], "rank": rank} for rank in (0, 1)]
+    run = write_run(make_plan(tmp_path, *TWO), {"host_0_a": [away, up[0]], "host_1_b": [away, up[1]]})
+    asked: list[str] = []
+
+    def call(_self: reach.Links, errand: str, requests: dict[str, Any], _limit_s: float = 1) -> dict[str, reach.Reply]:
+        asked.extend(requests)
+        assert errand == "ask"
+        rows = {"host_0_a": Answer(True), "host_1_b": answer}
+        return {
+            label: reach.Reply({"is_watched": row.is_watched, "num_left": row.num_left}, row.unreachable)
+            for label, row in rows.items()
+        }
+
+    monkeypatch.setattr(reach.Links, "call", call)
+    found = query_run(run)
+    assert asked == ["host_0_a", "host_1_b"]
+    assert found.state == state
+    assert (reason or "") in (found.reason or "")
+    assert found.num_leftovers == answer.num_left
+    assert found.hosts[1].state == ("lost" if answer.num_left else state)
+
+
+def test_a_finished_run_is_told_without_asking_anyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away, end = agent_started(True, "elsewhere"), {**ENDED, "outcome": "succeeded"}
+    run = write_run(make_plan(tmp_path, *TWO), {"host_0_a": [away, end], "host_1_b": [away, end]})
+    monkeypatch.setattr(reach, "Links", None)
+    assert query_run(run).state == "succeeded"
+    records = reach.load_records(run)
+    assert not any(record.is_watched for record in records)
+
+
+def test_a_launcher_notices_a_host_that_is_cut_off_for_long(tmp_path: Path) -> None:
+    look = reach.Look(write_run(make_plan(tmp_path, *TWO), {}))
+    assert look.find_cut_off() is None
+    look.answers = {"host_1_b": Answer(unreachable="cannot be reached: no route")}
+    look.silent_since = {"host_1_b": reach.time.monotonic()}
+    assert look.find_cut_off() is None
+    look.silent_since = {"host_1_b": reach.time.monotonic() - reach.CUT_OFF_AFTER_S - 1}
+    assert look.find_cut_off() == "host_1_b cannot be reached: no route"
