@@ -69,7 +69,11 @@ def test_two_hosts_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_the_worst_of_two_hosts_speaks_for_the_run(tmp_path: Path) -> None:
     run = run_to_end(plan_two_hosts(tmp_path / "exp", "true", "exit 6"))
     state = query_run(run)
-    assert (state.state, state.exit_code, state.reason) == ("failed", 6, "main ended with exit code 6")
+    assert (state.state, state.exit_code, state.reason) == (
+        "failed",
+        6,
+        f"{run.labels[1]}: main ended with exit code 6",
+    )
     assert [host.state for host in state.hosts] == ["succeeded", "failed"]
 
 
