@@ -1,0 +1,1 @@
+"""What runs inside an inference job: here a backend may be imported at module level."""
