@@ -4,8 +4,8 @@
 
 A random Qwen3 of 34 million parameters (or 0.3 billion); every pair is run in turn (A B A B ..), and the median of the
 ratios is printed, of wall time and of processor time (which other work on the machine disturbs less), with what is
-ratios is printed, of wall time and of processor time (which other work on the machine disturbs less), with what
-of that size. Only tokens that were asked for count. Every run starts with an empty prefix cache.
+promised. For throughput there are twice as many requests as may run at once, and `generate` takes them in padded
+batches of that size. Only tokens that were asked for count. Every run starts with an empty prefix cache.
 """
 
 import argparse

@@ -14,6 +14,8 @@ from engine_models import make_model  # noqa: E402
 from flagscale.errors import FlagScaleError, UserError  # noqa: E402
 from flagscale.inference.engine import AsyncEngine, Delta, Engine, EngineConfig, SamplingParams  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
 
