@@ -11,8 +11,6 @@ from engine_models import FAMILIES, VOCAB, make_model, reference, true_greedy, t
 
 from flagscale.inference.engine import Engine, EngineConfig, SamplingParams  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
 GREEDY = SamplingParams(temperature=0, max_tokens=12, logprobs=3, prompt_logprobs=2)
 
 

@@ -16,8 +16,6 @@ from flagscale.inference.engine import Engine, EngineConfig, OutputSum, Sampling
 from flagscale.inference.engine.attention import Span, plan_groups  # noqa: E402
 from flagscale.inference.engine.text import TextStream  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
 PAGE = 4
 TOKEN_BYTES = (2 + 1) * 2 * (16 + 16) * 4
 """of the tiny Qwen3: two layers and the scratch of one, two heads, keys and values of 16 floats"""

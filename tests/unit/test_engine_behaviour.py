@@ -14,8 +14,6 @@ from engine_models import make_model  # noqa: E402
 from flagscale.errors import FlagScaleError, UserError  # noqa: E402
 from flagscale.inference.engine import AsyncEngine, Delta, Engine, EngineConfig, SamplingParams  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
 
@@ -322,3 +320,18 @@ def test_closing_ends_open_streams() -> None:
                 pass
 
     asyncio.run(run())
+
+
+def test_a_prompt_computed_again_halfway_is_told_once() -> None:
+    params = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=0)
+    prompt = [*range(40)]
+    (true,) = make_engine().generate([prompt], params)
+    engine = make_engine(max_prompt_logit_rows=12)
+    engine.add_request(prompt, params)
+    assert [engine.step(), engine.step()] == [[], []]
+    engine.update_weights("same", {})
+    told = [delta for _ in range(5) for delta in engine.step()]
+    assert len(told[0].prompt_logprobs) == 39
+    for mine, other in zip(told[0].prompt_logprobs, true.prompt_logprobs, strict=True):
+        assert mine.logprob == pytest.approx(other.logprob, abs=1e-5)
+    assert told[1].prompt_logprobs == ()

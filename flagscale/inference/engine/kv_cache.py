@@ -6,6 +6,7 @@ sequence on neighbouring pages is not copied at all. Keys and values may have di
 attention).
 """
 
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,16 @@ def plan_num_pages(layers: Sequence[LayerShape], page_size: int, element_bytes: 
     return num_pages
 
 
+def _make_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, not empty: masked positions are multiplied by 0, and 0 times what lies about may be NaN.
+
+    On a CPU they are pages of the system's that become memory when they are first written to.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
 class KVCache:
     """The keys and values of all layers."""
 
@@ -56,10 +67,9 @@ class KVCache:
         self._keys = []
         self._values = []
         for layer in layers:
-            # Zeros, not empty: masked positions are multiplied by 0, and 0 times what lies about may be NaN.
             head = (num_pages + 1, page_size, layer.num_heads)
-            self._keys.append(torch.zeros(*head, layer.key_dim, dtype=dtype, device=device))
-            self._values.append(torch.zeros(*head, layer.value_dim, dtype=dtype, device=device))
+            self._keys.append(_make_zeros((*head, layer.key_dim), dtype, device))
+            self._values.append(_make_zeros((*head, layer.value_dim), dtype, device))
         self._scratch = [torch.empty(0, dtype=dtype, device=device), torch.empty(0, dtype=dtype, device=device)]
 
     @property
