@@ -63,7 +63,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py
 
 $(VENV)/.dev: $(VENV)/.train
 	$(call say,"installing what the tests need")
-	$(BIN)/python -m pip install --quiet --editable ".[train,engine,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[train,engine,serve,ray,dev]"
 	@touch $@
 
 clean:
