@@ -10,6 +10,7 @@ engine writes them whole) and keeps an error event from being glued to half of a
 """
 
 import asyncio
+import io
 import logging
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ _RETRY_AFTER = {"Retry-After": "5"}
 _ERROR_BYTES = 64 * 1024
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _LARGEST_EVENT = 1024 * 1024
+_LARGE_BODY = 1024 * 1024
 
 
 class ReplicaFault(Exception):  # noqa: N818 (it never leaves this module)
@@ -175,7 +177,10 @@ class Forwarder:
             headers = [pair for pair in headers if pair[0] != "authorization"]
             headers.append(("authorization", f"Bearer {replica.api_key.get_secret_value()}"))
         url = URL(replica.url_of(it.request.target), encoded=True)
-        return self._session.post(url, data=it.request.body, headers=headers, allow_redirects=False)
+        body = it.request.body
+        # A large body goes in pieces, so that other requests have their turn between them.
+        data = body if len(body) <= _LARGE_BODY else io.BytesIO(body)
+        return self._session.post(url, data=data, headers=headers, allow_redirects=False)
 
     async def _answer(self, it: _Exchange, response: aiohttp.ClientResponse) -> None:
         status, headers = response.status, returned_headers(response.raw_headers)
