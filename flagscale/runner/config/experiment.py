@@ -119,7 +119,9 @@ class CliArgs(Section):
 class Torchrun(Section):
     """Options of `torchrun` that pass through `experiment.runner` under their own names."""
 
-    rdzv_backend: str = "c10d"
+    rdzv_backend: str | None = None
+    """None: static over several hosts, so that ranks are where the hostfile puts them; c10d on one host, or where
+    `max_restarts` asks for it"""
     rdzv_endpoint: str | None = None
     rdzv_id: str | int | None = None
     rdzv_conf: str | None = None

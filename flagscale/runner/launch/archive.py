@@ -9,7 +9,7 @@ import io
 import zipfile
 from pathlib import Path
 
-AGENT = tuple(f"runner/launch/{name}.py" for name in ("agent", "journal", "peers", "procs"))
+AGENT = tuple(f"runner/launch/{name}.py" for name in ("agent", "journal", "network", "peers", "procs"))
 ERRANDS = (
     "errors.py",
     "runner/config/hostfile.py",

@@ -156,6 +156,8 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         grace_s=grace_s,
         ending=str(folder / NOTICE) if neighbour else "",
         neighbour=neighbour,
+        peer=host.peer,
+        interface_vars=host.interface_vars,
     )
 
 

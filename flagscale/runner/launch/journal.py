@@ -68,6 +68,9 @@ class Spec:
     """the file by which the agents of a run end each other (`peers.py`); empty where a host is alone"""
     neighbour: str = ""
     """the label of the host whose heartbeat this agent watches"""
+    peer: str = ""
+    interface_vars: tuple[str, ...] = ()
+    """as of `HostPlan`"""
 
 
 def load_spec(path: Path) -> Spec:

@@ -77,6 +77,10 @@ class HostPlan:
     """(absolute path, content), written before the processes start"""
     before_start: str | None = None
     after_stop: str | None = None
+    peer: str = ""
+    """the address of another host of the job; empty where this one is alone, or the planner does not know any"""
+    interface_vars: tuple[str, ...] = ()
+    """variables that get the interface which leads to `peer`, found on the host, where nothing else sets them"""
 
     @property
     def label(self) -> str:
@@ -163,6 +167,7 @@ def _host(row: dict[str, Any]) -> HostPlan:
             "processes": tuple(_process(process) for process in row["processes"]),
             "make_dirs": tuple(row["make_dirs"]),
             "files": tuple((path, content) for path, content in row["files"]),
+            "interface_vars": tuple(row.get("interface_vars", ())),
         }
     )
 
