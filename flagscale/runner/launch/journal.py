@@ -75,7 +75,8 @@ class Spec:
 
 def load_spec(path: Path) -> Spec:
     row = json.loads(path.read_text())
-    return Spec(**{**row, "processes": tuple(Entry(**entry) for entry in row["processes"])})
+    processes = tuple(Entry(**entry) for entry in row["processes"])
+    return Spec(**{**row, "processes": processes, "interface_vars": tuple(row["interface_vars"])})
 
 
 class Journal:

@@ -152,7 +152,7 @@ def _torchrun_options(config: Config, outputs: Outputs, host: Host, num_hosts: i
 
 
 def _meeting_point(config: Config, alone: bool, backend: str) -> Word:
-    """With `per_node_task` each host takes a port that is free there: one chosen on the first may be taken elsewhere."""
+    """With `per_node_task` each host takes a port that is free there: that of another may be taken."""
     runner = config.experiment.runner
     if runner.per_node_task and backend == "c10d" and not runner.master_port:
         return address_of(LOCALHOST, 0)
