@@ -67,7 +67,6 @@ class Bench:
                     **runner,
                 },
                 "envs": {
-                    "PYTHONUNBUFFERED": "1",
                     "OMP_NUM_THREADS": "1",
                     "QUOTED": "a 'b' \"c\" $HOME `d` \\e",
                     "GLOO_SOCKET_IFNAME": "eth0",

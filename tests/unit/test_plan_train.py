@@ -105,7 +105,8 @@ def test_environment_node_over_chip_over_all_over_what_the_chip_wants(tmp_path: 
     )
     first, second = (dict(host.processes[0].env) for host in job.hosts)
     assert first == {
-        "FLAGSCALE_CHIP": "NVIDIA", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "A": "all", "B": "chip", "C": "chip",
+        "PYTHONUNBUFFERED": "1", "FLAGSCALE_CHIP": "NVIDIA", "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+        "A": "all", "B": "chip", "C": "chip",
     }  # fmt: skip
     assert second == {**first, "C": "node"}
 

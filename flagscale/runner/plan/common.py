@@ -83,11 +83,12 @@ def require_entrypoint(config: Config) -> str:
 def environment_of(config: Config, host: Host) -> tuple[tuple[str, str], ...]:
     """The environment of a host's processes: node over chip type over all over what the chip itself wants.
 
-    Secrets are left out: the agent puts them in at launch.
+    Python writes its lines as they come (PYTHONUNBUFFERED): into a file it would keep back what a rank that dies had
+    to say. Secrets are left out: the agent puts them in at launch.
     """
     experiment = config.experiment
     chip = find_chip(host.chip) if host.chip else None
-    merged: dict[str, str] = {}
+    merged = {"PYTHONUNBUFFERED": "1"}
     if chip is not None:
         merged |= {"FLAGSCALE_CHIP": chip.name, **dict(chip.env)}
     merged |= experiment.envs
