@@ -3,6 +3,7 @@
 All of this waits for processes and files, so the controller calls it from threads.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,7 +63,8 @@ def start_replica(job: JobPlan, origin: Origin) -> RunRef:
 
 def is_run_of(run: RunRef, job: JobPlan, num_threads: int) -> bool:
     """Whether a run is of this very plan: only then may it be taken for the replica that is meant."""
-    return bool(load_job(run.exp_dir, run.run_id)["plan"] == encode_plan(bind_threads(job, num_threads)))
+    meant = json.loads(json.dumps(encode_plan(bind_threads(job, num_threads))))
+    return bool(load_job(run.exp_dir, run.run_id)["plan"] == meant)
 
 
 def url_of(run: RunRef, job: JobPlan) -> str:
