@@ -180,26 +180,42 @@ def master_endpoint(config: Config, host: str) -> Word:
 
 
 def plan_ray(
-    config: Config, site: Site, host: Host, node_rank: int, env: tuple[tuple[str, str], ...]
+    config: Config,
+    site: Site,
+    host: Host,
+    node_rank: int,
+    env: tuple[tuple[str, Word], ...],
+    hosts: tuple[Host, ...] = (),
 ) -> tuple[ProcessSpec, ...]:
-    """The Ray node of one host of several: it stays in the foreground, so that the agent ends it with the job."""
-    if len(config.hosts) == 1:
+    """The Ray node of one host of several: it stays in the foreground, so that the agent ends it with the job.
+
+    hosts: those of this cluster, its head first; default all hosts of the job
+    """
+    hosts = hosts or config.hosts
+    if len(hosts) == 1:
         return ()
     runner = config.experiment.runner
     argv: tuple[str, ...] = ("ray", "start", "--block", "--disable-usage-stats")
     if node_rank == 0:
         argv += ("--head", "--port", str(runner.ray_port), "--dashboard-port", str(runner.ray_dashboard_port))
     else:
-        argv += ("--address", address_of(master_of(config), runner.ray_port))
+        argv += ("--address", ray_address(config, hosts))
     chip = find_chip(host.chip) if host.chip else None
     if host.chip is None or (chip is not None and chip.device == "cuda"):
         argv += ("--num-gpus", str(host.slots))
     elif chip is not None and chip.device == "cpu":
         argv += ("--num-cpus", str(host.slots))
-    return (ProcessSpec("ray", argv, site.root, env=env, bin_dirs=bin_dirs_of(site)),)
+    bin_dirs = ((runner.bin_dir,) if runner.bin_dir else ()) + bin_dirs_of(site)
+    return (ProcessSpec("ray", argv, site.root, env=env, bin_dirs=bin_dirs),)
 
 
-def dump_yaml(values: Mapping[str, Any]) -> str:
+def ray_address(config: Config, hosts: tuple[Host, ...]) -> str:
+    """Where the head of a Ray cluster of these hosts answers."""
+    head = master_of(config) if hosts[0] is config.hosts[0] else hosts[0].name
+    return address_of(head, config.experiment.runner.ray_port)
+
+
+def dump_yaml(values: Mapping[str, Any] | None) -> str:
     """A task section as the file that its entry point reads."""
     import yaml
 
@@ -212,5 +228,5 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 
     Dumper.add_representer(str, represent)
     Dumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
-    text: str = yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    text: str = yaml.dump(dict(values or {}), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return text

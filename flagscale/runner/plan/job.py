@@ -15,7 +15,8 @@ from flagscale.runner.config.hostfile import Host
 
 PLAN_VERSION = 1
 
-LaunchName = Literal["master_port", "run_id"]
+LaunchName = Literal["master_port", "next_port", "num_threads", "run_id"]
+"""master_port: a free port of the head host; next_port: the one after it; num_threads: a replica's part of a CPU"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,8 @@ class JobPlan:
     ssh_port: int | None = None
     accept_new_host_keys: bool = False
     """remember the key of a host that was never met; one that changed is refused in any case"""
+    service: Mapping[str, Any] | None = None
+    """what the controller of a service is told (`plan/service.py`)"""
     version: int = PLAN_VERSION
 
     @property

@@ -12,6 +12,7 @@ RENDERERS: dict[str, Renderer] = {
     "vllm": catalogue_renderer("vllm"),
     "sglang": catalogue_renderer("sglang"),
     "llama_cpp": catalogue_renderer("llama_cpp"),
+    "native": catalogue_renderer("native"),
     "verl": render_verl,
 }
 
