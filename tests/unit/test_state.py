@@ -16,7 +16,8 @@ from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import folder, procs
 from flagscale.runner.launch.files import write_all
 from flagscale.runner.launch.folder import RunRef, ref_of
-from flagscale.runner.launch.record import load_events, load_record, load_records
+from flagscale.runner.launch.journal import load_events
+from flagscale.runner.launch.record import load_record, load_records
 from flagscale.runner.launch.startup import check_alive, describe_start
 from flagscale.runner.monitor.state import encode_state, query_run
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec

@@ -150,7 +150,8 @@ class Watch:
             by = f"{procs.signal_name(info.si_signo)} from process {info.si_pid}"
             with contextlib.suppress(OSError, ValueError, KeyError):
                 by = str(json.loads(Path(self.spec.stop_request).read_text())["by"])
-            self.end("stopped", f"stopped by {by}")
+            notice = self.peers.find_notice()
+            self.end("stopped", notice.text if notice else f"stopped by {by}")
         if is_forced and self.ending:
             self.ending.deadline = 0.0
 
@@ -221,7 +222,7 @@ class Watch:
             how = f"died of {first['signal']}" if first["signal"] else f"ended with exit code {first['exit_code']}"
             reason = f"rank {first['rank']} {how}"
         self.source = self.source or self.spec.output
-        notice = self.peers.find_notice()  # of another host that failed before, or of a stop
+        notice = self.peers.find_notice(waits=True)  # of another host that failed before, or of a stop
         self.end("stopped" if notice else "failed", notice.text if notice else reason)
 
     def look(self) -> None:
@@ -283,6 +284,7 @@ class Watch:
         write_small(self.spec.heartbeat, json.dumps({"time": time.time(), "pid": os.getpid()}))
 
     def finish(self, ending: Ending | None) -> None:
+        self.peers.leave()
         self.run_after_stop()
         self.reap()
         outcome = ending.outcome if ending else "succeeded"

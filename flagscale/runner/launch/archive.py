@@ -9,12 +9,12 @@ import io
 import zipfile
 from pathlib import Path
 
-AGENT = tuple(f"runner/launch/{name}.py" for name in ("agent", "journal", "peers", "procs"))
+AGENT = tuple(f"runner/launch/{name}.py" for name in ("agent", "journal", "notice", "peers", "procs", "wire"))
 ERRANDS = (
     "errors.py",
     "runner/config/hostfile.py",
     "runner/plan/job.py",
-    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "ports", "procs")),
+    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs")),
 )
 _ROOT = Path(__file__).resolve().parents[2]
 _MAIN = "import sys\n\nfrom flagscale.runner.launch.agent import main\n\nsys.exit(main(sys.argv))\n"
