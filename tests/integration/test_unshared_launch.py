@@ -11,6 +11,8 @@ import pytest
 from hosts import MakeHosts, missing
 from ssh_jobs import Bench, is_empty, pid_of, wait_for
 
+from flagscale.runner.launch.stacks import find_py_spy
+
 pytest_plugins = ("host_fixtures",)
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
@@ -101,6 +103,11 @@ def test_the_first_failure_ends_all_hosts_without_a_launcher(make_bench: MakeBen
     assert state["state"] == "failed"
     assert "died of SIGKILL" in state["reason"]
     assert {host["state"] for host in state["hosts"]} == {"failed", "stopped"}
+    if find_py_spy():
+        assert "Python stacks of rank 0 in " in state["stacks"]
+        path = f"{bench.exp_dir}/logs/details/host_0_h1/{bench.run.run_id}/stacks/rank_0.txt"
+        saved = subprocess.run(bench.hosts.command(["cat", path], "h1"), capture_output=True, text=True)
+        assert "rank.py" in saved.stdout
     assert bench.call("stop", str(bench.exp_dir)).returncode == 0
 
 

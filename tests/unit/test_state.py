@@ -117,7 +117,7 @@ def test_ranks_are_judged_one_by_one(tmp_path: Path) -> None:
     assert (state.exit_code, state.reason) == (1, "rank 1 ended with exit code 3")
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_journal_cut_anywhere_is_read_and_never_says_more_than_it_holds(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as base:

@@ -9,7 +9,9 @@ import io
 import zipfile
 from pathlib import Path
 
-AGENT = tuple(f"runner/launch/{name}.py" for name in ("agent", "journal", "notice", "peers", "procs", "wire"))
+AGENT = tuple(
+    f"runner/launch/{name}.py" for name in ("agent", "journal", "notice", "peers", "procs", "stacks", "watch", "wire")
+)
 ERRANDS = (
     "errors.py",
     "runner/config/hostfile.py",

@@ -10,6 +10,7 @@ most the last line.
     rank_exited       rank local_rank exit_code signal pid first at
     process_exited    name exit_code signal
     stopping          outcome by
+    stacks_saved      ranks folder
     after_stop_started
     after_stop        exit_code signal
     job_ended         outcome exit_code first_rank source reason output_end

@@ -183,6 +183,19 @@ def load_records(run: RunRef, answers: Mapping[str, Answer] | None = None) -> tu
     return tuple(load_record(run, label, (answers or {}).get(label)) for label in run.labels)
 
 
+def describe_stacks(records: Iterable[HostRecord]) -> str | None:
+    """Where the Python stacks of ranks were saved before they were ended; None where they were not."""
+    saved = ((record, event) for record in records if (event := record.find("stacks_saved")))
+    found = [
+        f"of rank {', '.join(map(str, event['ranks']))} in {_on(record, event['folder'])}" for record, event in saved
+    ]
+    return f"Python stacks {'; '.join(found)}" if found else None
+
+
+def _on(record: HostRecord, path: str) -> str:
+    return path if record.mirror is None else f"{path} on {record.label}"
+
+
 _OUTCOMES = ("failed", "lost", "stopped", "succeeded")
 _CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
 CLOSE_S = 10.0

@@ -10,7 +10,7 @@ from flagscale.runner.launch.ending import catch_interrupts, tell_to_end
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.journal import read_tail
 from flagscale.runner.launch.reach import Look, pass_notice
-from flagscale.runner.launch.record import HostRecord, order_by_cause
+from flagscale.runner.launch.record import HostRecord, describe_stacks, order_by_cause
 from flagscale.runner.launch.resume import describe_beginning
 from flagscale.runner.plan.job import JobPlan
 
@@ -126,7 +126,8 @@ def check_alive(run: RunRef, records: tuple[HostRecord, ...], foreground: bool) 
             continue
         reason = end["reason"] if end else f"the agent and the guard of {record.label} were killed"
         where = "" if record.label == "host_0_localhost" else f" on {record.label}"
-        error = LaunchError(f"run {run.run_id} did not start{where}: {reason}\n{quote_last_words(record)}")
+        lines = [f"run {run.run_id} did not start{where}: {reason}", quote_last_words(record), describe_stacks(records)]
+        error = LaunchError("\n".join(filter(None, lines)))
         if foreground and end and end["exit_code"]:
             error.exit_code = end["exit_code"]
         raise error

@@ -96,4 +96,6 @@ def _tell_end(state: RunState, screen: Screen) -> int:
         screen.say(summarise(state))
         return 0
     screen.say(f"run {run.run_id} {state.state}: {state.reason or 'no reason was given'}")
+    if state.stacks:
+        screen.say(state.stacks)
     return state.exit_code or 1

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.procs import find_ours
 from flagscale.runner.launch.reach import load_true_records
-from flagscale.runner.launch.record import Event, HostRecord, order_by_cause
+from flagscale.runner.launch.record import Event, HostRecord, describe_stacks, order_by_cause
 from flagscale.runner.monitor.progress import Iteration, find_last_iteration
 
 State = Literal[
@@ -67,6 +67,8 @@ class RunState:
     hosts: tuple[HostState, ...]
     ranks: tuple[RankState, ...]
     progress: Iteration | None
+    stacks: str | None = None
+    """where the Python stacks of ranks were saved before a failure of others ended them"""
 
     @property
     def has_ended(self) -> bool:
@@ -108,6 +110,7 @@ def query_run(run: RunRef) -> RunState:
         hosts=hosts,
         ranks=tuple(sorted(ranks, key=lambda rank: rank.rank)),
         progress=next((item for item in reversed(found) if item), None),
+        stacks=describe_stacks(records),
     )
 
 
@@ -213,6 +216,7 @@ def encode_state(state: RunState) -> dict[str, Any]:
         "started": state.started,
         "ended": state.ended,
         "num_leftovers": state.num_leftovers,
+        "stacks": state.stacks,
         "task": run.task,
         "exp_name": run.exp_name,
         "exp_dir": str(run.exp_dir),
