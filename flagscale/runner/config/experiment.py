@@ -172,6 +172,7 @@ class Runner(Torchrun):
     log_dir: str | None = None
     per_node_task: bool = False
     no_shared_fs: bool = False
+    """each host has an experiment folder of its own: scripts go out to it, logs are fetched from it"""
     enable_monitoring: bool = False
     hang_detection_timeout: Seconds = Field(default=1800, gt=0)
     docker: str | None = None

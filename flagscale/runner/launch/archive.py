@@ -13,12 +13,15 @@ import zipfile
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
-AGENT = tuple(f"runner/launch/{name}.py" for name in ("agent", "journal", "network", "peers", "procs"))
+AGENT = tuple(
+    f"runner/launch/{name}.py"
+    for name in ("agent", "journal", "network", "notice", "peers", "procs", "stacks", "watch", "wire")
+)
 ERRANDS = (
     "errors.py",
     "runner/config/hostfile.py",
     "runner/plan/job.py",
-    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "ports", "procs")),
+    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs")),
 )
 _ROOT = Path(__file__).resolve().parents[2]
 _MAIN = b"import sys\n\nfrom flagscale.runner.launch.agent import main\n\nsys.exit(main(sys.argv))\n"
