@@ -50,15 +50,15 @@ def watch(job_path: str) -> int:
 def main(words: list[str]) -> int:
     if words[:1] != [CHILD]:
         return watch(words[0])
-    from flagscale.cli.voice import guard
+    from flagscale.errors import FlagScaleError
     from flagscale.serve.controller import run_controller
 
-    def run() -> int:
+    code = 0
+    try:
         run_controller(json.loads(Path(words[1]).read_text()))
-        return 0
-
-    code = guard(run)
-    sys.stdout.flush()
+    except FlagScaleError as error:
+        print(f"error: {error}", flush=True)
+        code = error.exit_code
     os._exit(code)  # threads that wait for a silent host must not keep a service from ending
 
 

@@ -1,8 +1,8 @@
 """Speaking to a controller: HTTP on this machine's loopback, with a token that only the service's owner can read.
 
-    GET  /status            the service as JSON
-    POST /update {service}  put another version in its place; returns at once, `status` tells how far it is
-    POST /stop              end in order; returns at once
+GET  /status            the service as JSON
+POST /update {service}  put another version in its place; returns at once, `status` tells how far it is
+POST /stop              end in order; returns at once
 """
 
 import asyncio
@@ -74,7 +74,8 @@ def build_control(controller: "Controller") -> "Starlette":
 
     async def update(asked: "Request") -> "Response":
         try:
-            begun = controller.begin_update(decode_service(await asked.json()))
+            body = await asked.json()
+            begun = controller.begin_update(decode_service(body["service"]), body["config"])
         except FlagScaleError as error:
             return JSONResponse({"error": str(error)}, 409)
         return JSONResponse({"version": begun.version})

@@ -1,7 +1,7 @@
 """The controller of a service: one asyncio program that is its router, keeps its replicas, and obeys its owner.
 
-It is started as a run of the launcher and every replica as a run of its own, so its death takes nothing with it: the one
-that is started in its place reads `state.json`, looks what lives, and goes on. A service that is stopped on purpose
+It is started as a run of the launcher and every replica as a run of its own, so its death takes nothing with it: the
+one that is started in its place reads `state.json`, looks what lives, and goes on. A service that is stopped on purpose
 ends in order: the router lets requests finish, then the replicas end.
 """
 
@@ -16,8 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
-
-from pydantic import SecretStr, ValidationError
 
 from flagscale.errors import FlagScaleError, UserError
 from flagscale.runner.plan.service import ModelPlan, ServicePlan, decode_service, encode_service
@@ -37,6 +35,7 @@ from flagscale.serve.router.pool import Pool
 from flagscale.serve.router.server import RouterServer, listen
 from flagscale.serve.router.settings import RouterSettings
 from flagscale.serve.scaling import Scaler
+from flagscale.serve.terms import count_threads, limit_seats, make_settings
 
 Phase = Literal["starting", "ready", "degraded", "failed", "updating", "stopping"]
 SCALE_EVERY_S = 0.5
@@ -46,27 +45,6 @@ FIRST_VERSION = 1
 def tell(line: str) -> None:
     """To the controller's output, which is the service's log."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-
-
-def make_settings(service: ServicePlan, environ: Mapping[str, str]) -> RouterSettings:
-    """The router's settings, with the key of its callers.
-
-    Raises:
-        UserError: they cannot be right, as where an address beyond the loopback has no key.
-    """
-    key = environ.get(service.api_key_env, "") if service.api_key_env else ""
-    keys = (SecretStr(key),) if key else ()
-    try:
-        return RouterSettings(host=service.host, port=service.port, api_keys=keys, **dict(service.router))
-    except ValidationError as error:
-        rows = error.errors(include_url=False, include_context=False, include_input=False)
-        told = "\n".join(
-            f"experiment.runner.deploy.{'.'.join(['router', *map(str, row['loc'])])}: {row['msg']}"
-            if row["loc"]
-            else f"experiment.runner.deploy: {row['msg'].removeprefix('Value error, ')}"
-            for row in rows
-        )
-        raise UserError(told) from None
 
 
 @dataclass(slots=True)
@@ -86,6 +64,7 @@ class Controller:
     run_id: str
     origin: Origin
     settings: RouterSettings
+    token: str
     version: int = FIRST_VERSION
     update: Update | None = None
     is_stopping: bool = False
@@ -95,6 +74,7 @@ class Controller:
     server: RouterServer = field(init=False)
     scalers: dict[str, Scaler] = field(default_factory=dict)
     updating: asyncio.Task[None] | None = None
+    retiring: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.pool = Pool(self.settings)
@@ -112,6 +92,7 @@ class Controller:
         state = find_state(self.exp_dir)
         if state is not None and state.run_id == self.run_id:
             self.service, self.version = decode_service(state.service), state.version
+            self.origin = self.fleet.origin = replace(self.origin, config=state.config)
         for model in self.service.models:
             wanted = model.scaling.initial
             if state is not None and state.run_id == self.run_id:
@@ -142,15 +123,14 @@ class Controller:
         for post in posts[wanted:]:
             tell(f"{post.name}: is not needed any more")
             post.enter("draining")
-            self._retiring.add(asyncio.create_task(self.fleet.retire(post, self.settings.drain_timeout_s)))
-
-    _retiring: set[asyncio.Task[None]] = field(default_factory=set)
+            self.retiring.add(asyncio.create_task(self.fleet.retire(post, self.settings.drain_timeout_s)))
 
     def save(self) -> None:
         filled = (Filled(post.model.name, post.seat, post.version) for post in self.fleet.posts if post.is_filled)
         wanted = {name: scaler.wanted for name, scaler in self.scalers.items()}
         service = encode_service(self.service)
-        save_state(self.exp_dir, ServiceState(self.run_id, self.version, service, wanted, tuple(filled)))
+        state = ServiceState(self.run_id, self.version, service, self.origin.config, wanted, tuple(filled))
+        save_state(self.exp_dir, state)
 
     # --- while it runs -----------------------------------------------------------------------------------------------
 
@@ -159,7 +139,7 @@ class Controller:
         clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(SCALE_EVERY_S)
-            self._retiring = {task for task in self._retiring if not task.done()}
+            self.retiring = {task for task in self.retiring if not task.done()}
             self.was_ready = self.was_ready or self.phase == "ready"
             if self.update is not None and self.update.state == "running":
                 continue
@@ -178,7 +158,7 @@ class Controller:
         states = (state for state in self.pool.states() if state.model == served_name)
         return sum(state.in_flight for state in states) + self.pool.held(served_name)
 
-    def begin_update(self, service: ServicePlan) -> Update:
+    def begin_update(self, service: ServicePlan, config: Mapping[str, Any]) -> Update:
         """Begin to put another version of the service in place of this one.
 
         Raises:
@@ -191,12 +171,14 @@ class Controller:
         for name in ("exp_dir", "host", "port", "api_key_env", "router"):
             old, new = getattr(self.service, name), getattr(service, name)
             if old != new:
-                raise UserError(f"an update cannot change `{name}` ({old} to {new}); stop the service and start it anew")
+                raise UserError(
+                    f"an update cannot change `{name}` ({old} to {new}); stop the service and start it anew"
+                )
         self.update = Update(self.version + 1)
-        self.updating = asyncio.create_task(self._update(service, self.update))
+        self.updating = asyncio.create_task(self._update(service, config, self.update))
         return self.update
 
-    async def _update(self, service: ServicePlan, update: Update) -> None:
+    async def _update(self, service: ServicePlan, config: Mapping[str, Any], update: Update) -> None:
         old, version = self.service, update.version
         tell(f"update to version {version} begins")
         try:
@@ -211,11 +193,10 @@ class Controller:
             self.fit_all()
             return
         self.service, self.version = service, version
+        self.origin = self.fleet.origin = replace(self.origin, config=config)
         gone = [post for post in self.fleet.posts if post.version != version and post.is_filled]
         await asyncio.gather(*(self.fleet.retire(post, self.settings.drain_timeout_s) for post in gone))
-        scalers = {
-            model.name: Scaler(model.scaling, self._count_wanted(model)) for model in service.models
-        }
+        scalers = {model.name: Scaler(model.scaling, self._count_wanted(model)) for model in service.models}
         self.scalers = scalers
         self.fit_all()
         update.state, update.message = "done", f"version {version} serves"
@@ -248,7 +229,7 @@ class Controller:
             if old:
                 await self.fleet.retire(old[0], self.settings.drain_timeout_s)
 
-    # --- what it is asked ----------------------------------------------------------------------------------------------
+    # --- what it is asked ---------------------------------------------------------------------------------------------
 
     @property
     def phase(self) -> Phase:
@@ -303,7 +284,7 @@ class Controller:
         self.is_stopping = True
         self.server.should_exit = True
 
-    # --- its life ------------------------------------------------------------------------------------------------------
+    # --- its life -----------------------------------------------------------------------------------------------------
 
     async def run(self, control_socket: socket.socket) -> None:
         """Until it is asked to end."""
@@ -324,7 +305,7 @@ class Controller:
                     self.updating.cancel()
                     await asyncio.wait([self.updating])
                 tell("ends its replicas")
-                await asyncio.gather(*self._retiring)
+                await asyncio.gather(*self.retiring)
                 await self.fleet.stop_all(0.0)
                 tell("has ended")
                 control.cancel()
@@ -339,7 +320,7 @@ def run_controller(job: Mapping[str, Any]) -> None:
     Raises:
         UserError: the router's settings cannot be right, or its address is taken.
     """
-    service = decode_service(job["plan"]["service"])
+    service = limit_seats(decode_service(job["plan"]["service"]))
     exp_dir = Path(service.exp_dir)
     before = find_control(exp_dir)
     with socket.create_server(("127.0.0.1", 0)) as control_socket:
@@ -347,22 +328,12 @@ def run_controller(job: Mapping[str, Any]) -> None:
         control = Control(control_socket.getsockname()[1], secrets.token_urlsafe(24), key, os.getpid())
         save_control(exp_dir, control)
         origin = Origin(job["config"], job["command"], key, count_threads(service))
-        controller = Controller(service, job["run_id"], origin, make_settings(service, os.environ))
+        settings = make_settings(service, os.environ)
+        controller = Controller(service, job["run_id"], origin, settings, control.token)
 
         def end(_signum: int, _frame: FrameType | None) -> None:
             controller.stop()
 
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, end)
-        controller.token = control.token
         asyncio.run(controller.run(control_socket))
-
-
-def count_threads(service: ServicePlan) -> int:
-    """How many threads a replica on this machine's CPU gets: all divided by the replicas that begin here."""
-    firsts = sum(
-        all(host.host.is_local for host in seat.job.hosts)
-        for model in service.models
-        for seat in model.seats[: model.scaling.initial]
-    )
-    return max(1, len(os.sched_getaffinity(0)) // max(1, firsts))

@@ -1,8 +1,8 @@
 """The replicas of a service: which seats are filled, each kept filled until it is to be empty.
 
-One task a post does one thing after the other: start a run, let it into the pool, watch it until it ends, learn why, wait
-a little, start again. A replica that ended stays in the pool until its successor stands there, so that requests wait for
-it and are not told that there is no such model. Nothing is ended before its requests are, unless it died by itself.
+One task a post does one thing after the other: start a run, let it into the pool, watch it until it ends, learn why,
+wait a little, start again. A replica that ended stays in the pool until its successor stands there, so that requests
+wait for it and are not told that there is no such model. Nothing is ended before its requests are, unless it died.
 
 The trade-off: looking at a run is reading its files, some times a second, in threads. That finds an end a moment late,
 but it finds the same truth as `flagscale status`, also for runs that an earlier controller started.

@@ -48,11 +48,15 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class ServiceState:
-    """What a controller that starts anew goes on from. service: as `encode_service`."""
+    """What a controller that starts anew goes on from.
+
+    service: as `encode_service`; config: what it was planned from; wanted: replicas by model
+    """
 
     run_id: str
     version: int
     service: Mapping[str, Any]
+    config: Mapping[str, Any]
     wanted: Mapping[str, int]
     filled: tuple[Filled, ...]
 
