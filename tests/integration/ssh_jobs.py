@@ -73,7 +73,6 @@ class Bench:
                 "envs": {
                     "OMP_NUM_THREADS": "1",
                     "QUOTED": "a 'b' \"c\" $HOME `d` \\e",
-                    "GLOO_SOCKET_IFNAME": "eth0",
                 },
                 "node_specific": {"h2": {"OF_HOST": "two"}},
                 "secrets": ["TOKEN"],

@@ -261,6 +261,17 @@ def test_equal_sources_give_equal_archives_that_run_without_this_package(tmp_pat
     assert "ImportError" not in done.stderr
 
 
+def test_an_archive_runs_from_its_bytecode_and_without_it_from_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "agent.pyz"
+    path.write_bytes(archive.build_archive())
+    source = f"import sys; sys.path.insert(0, {str(path)!r})\nfrom flagscale.runner.launch import agent"
+    source += "\nprint(agent.__file__)"
+    of_another_python = "import importlib._bootstrap_external as it\nit.MAGIC_NUMBER = b'none'\n"
+    for prelude, file in (("", "agent.pyc"), (of_another_python, "agent.py")):
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", prelude + source], capture_output=True, text=True)
+        assert done.stdout.strip().endswith(f"/runner/launch/{file}"), done.stderr
+
+
 @pytest.mark.parametrize("num_ranks", [0, 2])
 def test_a_process_is_settled_once_all_of_it_is_up(num_ranks: int) -> None:
     top = watch.Top(Entry("main", "/s.sh", num_ranks), 1, 0.0)

@@ -180,6 +180,8 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         grace_s=grace_s,
         ending=str(folder / NOTICE) if neighbour else "",
         neighbour=neighbour,
+        peer=host.peer,
+        interface_vars=host.interface_vars,
         meet_host=plan.master_addr if is_wired else "",
         meet_port=port if is_wired else 0,
         leads=is_wired and host is plan.hosts[0],

@@ -69,6 +69,9 @@ class Spec:
     """the file by which the agents of a run end each other (`peers.py`); empty where a host is alone"""
     neighbour: str = ""
     """the label of the host whose heartbeat this agent watches"""
+    peer: str = ""
+    interface_vars: tuple[str, ...] = ()
+    """as of `HostPlan`"""
     meet_host: str = ""
     meet_port: int = 0
     """where the agents of hosts without a shared folder speak to each other (`wire.py`); 0 where they do not"""
@@ -78,7 +81,8 @@ class Spec:
 
 def load_spec(path: Path) -> Spec:
     row = json.loads(path.read_text())
-    return Spec(**{**row, "processes": tuple(Entry(**entry) for entry in row["processes"])})
+    processes = tuple(Entry(**entry) for entry in row["processes"])
+    return Spec(**{**row, "processes": processes, "interface_vars": tuple(row["interface_vars"])})
 
 
 class Journal:

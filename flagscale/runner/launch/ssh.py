@@ -76,7 +76,11 @@ def submit_job(
             ready = check_hosts(plan, links, env)
             end_stale(exp_dir)
             run_id = make_run_id(datetime.now(UTC))
-            values: dict[LaunchName, str] = {"master_port": str(ready.port), "run_id": run_id}
+            values: dict[LaunchName, str] = {
+                "master_port": str(ready.port),
+                "next_port": str(ready.port + 1),
+                "run_id": run_id,
+            }
             away = [host for host in plan.hosts if host.label in ready.away]
             remotes = [replace(remote, is_shared=remote.label not in ready.away) for remote in links.remotes.values()]
             job = describe_job(plan, run_id, values, config, command)

@@ -25,6 +25,7 @@ from flagscale.runner.launch.journal import (
     read_tail,
     write_small,
 )
+from flagscale.runner.launch.network import interface_env
 from flagscale.runner.launch.peers import Peers
 from flagscale.runner.launch.stacks import save_stacks
 
@@ -43,7 +44,7 @@ class Top:
     entry: Entry
     pid: int
     since: float
-    first_rank: int = 0  # as torchrun gave it: c10d orders hosts by name, and not by the hostfile
+    first_rank: int = 0  # as torchrun gave it: with c10d, hosts are ordered by name, and not by the hostfile
     is_up: bool = False
     ranks: dict[int, procs.Proc] = field(default_factory=dict)
     seen: dict[int, float] = field(default_factory=dict)
@@ -71,7 +72,8 @@ class Watch:
 
     def __init__(self, spec: Spec, secrets: dict[str, str], agent_pid: int, guard_pid: int | None) -> None:
         self.spec = spec
-        self.env = {**os.environ, **secrets, procs.TOKEN: spec.token, RANK_DIR: spec.rank_dir}
+        own = {**secrets, procs.TOKEN: spec.token, RANK_DIR: spec.rank_dir}
+        self.env = {**interface_env(spec.interface_vars, spec.peer), **os.environ, **own}
         self.journal = Journal(spec.events, spec.label)
         self.peers = Peers(spec)
         self.output = os.open(spec.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
