@@ -70,24 +70,18 @@ def test_words_and_input_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_host_that_does_not_answer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        openssh.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix / "..") and str(_made(tmp_path))
-    )
+    made = tmp_path / "made"
+    monkeypatch.setattr(openssh.tempfile, "mkdtemp", lambda **_: made.mkdir() or str(made))
     stand_in(tmp_path, monkeypatch, "exec sleep 600")
     with pytest.raises(LinkError, match=r"no answer within 0\.5 s"):
         OpenSSH(REMOTE, timeout_s=0.5)
-    assert not (tmp_path / "made").exists()
+    assert not made.exists()
     stand_in(tmp_path, monkeypatch, "echo 'u@a: Permission denied (publickey).' >&2; exit 255")
     with pytest.raises(LinkError, match="lets u in by none"):
         OpenSSH(REMOTE)
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(LinkError, match="there is no `ssh`"):
         OpenSSH(REMOTE)
-
-
-def _made(base: Path) -> Path:
-    (base / "made").mkdir()
-    return base / "made"
 
 
 def test_real_ssh_takes_the_options() -> None:
