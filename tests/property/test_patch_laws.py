@@ -38,7 +38,9 @@ TEXTS = st.builds(
     st.sampled_from([b"", b"no end of line"]),
 )
 BINARY = st.binary(max_size=40).map(lambda data: b"\0" + data)
-TARGETS = st.sampled_from([b"gone", b"../gone", b"/nowhere", b"\xff"])  # git cannot make a folder of a link that is a loop
+TARGETS = st.sampled_from(
+    [b"gone", b"../gone", b"/nowhere", b"\xff"]
+)  # git cannot make a folder of a link that is a loop
 CONTENTS = st.one_of(
     st.builds(Content, st.sampled_from([REGULAR, REGULAR, EXECUTABLE]), st.one_of(TEXTS, TEXTS, BINARY)),
     st.builds(Content, st.just(SYMLINK), TARGETS),
