@@ -178,7 +178,8 @@ class FakeReplica:
             if number:
                 await asyncio.sleep(self.token_s)
             yield number, encode_event(self._shape(asked, {"text": word + " ", "delta": {"content": word + " "}}))
-        if (body.get("stream_options") or {}).get("include_usage"):
+        options = body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
             yield number + 1, encode_event({**self._shape(asked, None), "usage": _usage(body)})
         yield number + 2, b"data: [DONE]\n\n"
 
