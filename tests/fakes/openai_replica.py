@@ -22,7 +22,7 @@ import json
 import signal
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 from aiohttp import web
 
@@ -37,6 +37,7 @@ half_event  as `cut`, in the middle of a piece
 """
 
 DEFAULT_TOKENS = 8
+_BREAKS = ("disconnect", "cut", "half_event")
 
 
 @dataclass(slots=True)
@@ -129,7 +130,7 @@ class FakeReplica:
                 return await self._stream(asked, body, fault)
             return await self._whole(asked, body, fault)
         except (asyncio.CancelledError, ConnectionError):
-            self.num_cancelled += 1
+            self.num_cancelled += not (fault and fault.kind in _BREAKS)
             raise
         finally:
             self.num_in_flight -= 1
@@ -151,12 +152,12 @@ class FakeReplica:
             answer = self._shape(asked, {"text": text, "message": {"role": "assistant", "content": text}})
         answer["usage"] = _usage(body)
         data = json.dumps(answer).encode()
-        if fault is None:
-            return web.Response(body=data, content_type="application/json", headers={"X-Replica": self.name})
         response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(data))})
         await response.prepare(asked)
-        await response.write(data[: len(data) // 2])
-        await _break(asked, fault)
+        if fault is not None:
+            await response.write(data[: len(data) // 2])
+            await _break(asked, fault)
+        await response.write_eof(data)
         return response
 
     async def _stream(self, asked: web.Request, body: dict[str, Any], fault: Fault | None) -> web.StreamResponse:
@@ -168,7 +169,6 @@ class FakeReplica:
                     await response.write(event[: len(event) // 2])
                     await asyncio.sleep(0.05)
                 await _break(asked, fault)
-                return response
             await response.write(event)
         await response.write_eof()
         return response
@@ -220,16 +220,16 @@ async def _fail_early(asked: web.Request, fault: Fault) -> web.Response | None:
         case "disconnect":
             await _break(asked, fault)
         case "hang":
-            await asyncio.Event().wait()
+            await asyncio.sleep(3600)
     return None
 
 
-async def _break(asked: web.Request, fault: Fault) -> None:
-    if fault.kind == "stall":
-        await asyncio.Event().wait()
-    if asked.transport is not None:
+async def _break(asked: web.Request, fault: Fault) -> NoReturn:
+    """Lose the connection, unless the fault is silence; either way the server ends this handler then."""
+    if fault.kind != "stall" and asked.transport is not None:
         asked.transport.abort()
-    raise ConnectionResetError("a fault on demand")
+    while True:
+        await asyncio.sleep(3600)
 
 
 async def serve_until_ended(fake: FakeReplica) -> None:

@@ -143,7 +143,9 @@ class CliArgs(Section):
 class Torchrun(Section):
     """Options of `torchrun` that pass through `experiment.runner` under their own names."""
 
-    rdzv_backend: str = "c10d"
+    rdzv_backend: str | None = None
+    """None: static over several hosts, so that ranks are where the hostfile puts them; c10d on one host, or where
+    `max_restarts` asks for it"""
     rdzv_endpoint: str | None = None
     rdzv_id: str | int | None = None
     rdzv_conf: str | None = None
@@ -187,6 +189,7 @@ class Runner(Torchrun):
     log_dir: str | None = None
     per_node_task: bool = False
     no_shared_fs: bool = False
+    """each host has an experiment folder of its own: scripts go out to it, logs are fetched from it"""
     enable_monitoring: bool = False
     hang_detection_timeout: Seconds = Field(default=1800, gt=0)
     docker: str | None = None

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -124,5 +125,10 @@ def choose_port(plan: JobPlan) -> int:
             f"port {plan.master_port} (`experiment.runner.master_port`) is taken"
             + (f" by {owner}" if owner else "")
             + "; choose another, or leave it out and a free one is chosen"
+        )
+    if plan.no_shared_fs and not is_port_free(plan.master_port, socket.SOCK_DGRAM):
+        raise UserError(
+            f"port {plan.master_port} (`experiment.runner.master_port`) is taken for UDP, by which the agents of hosts "
+            "without a shared folder speak; choose another, or leave it out and a free one is chosen"
         )
     return plan.master_port

@@ -18,6 +18,7 @@ def describe_plan(plan: JobPlan) -> dict[str, Any]:
         {
             "host": host.host.name,
             "node_rank": host.node_rank,
+            "interface_vars": list(host.interface_vars),
             "processes": [_describe_process(plan, host, process) for process in host.processes],
             "files": [{"path": path, "content": content} for path, content in host.files],
         }
@@ -49,6 +50,7 @@ def render_dry_run(plan: JobPlan) -> str:
             lines += ["", f"# ==== {host.label}: {process.name}", "# environment"]
             lines += [f"{name}={shlex.quote(bind_word(value, None))}" for name, value in process.env]
             lines += [f"{name}=<secret: taken from ${source} at launch>" for name, source in plan.secrets]
+            lines += [f"{name}=<the interface that leads to {host.peer}>" for name in host.interface_vars]
             lines += [
                 "# argv",
                 shlex.join(render_argv(process)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flagscale.chips import find_chip
+from flagscale.chips.records import GLOO_INTERFACE
 from flagscale.errors import UserError
 from flagscale.runner.config.experiment import DEFAULT_BACKENDS
 from flagscale.runner.config.hostfile import Host
@@ -112,6 +113,7 @@ def plan_host(
 ) -> HostPlan:
     cmds = config.experiment.cmds
     dirs = (outputs.log_dir, outputs.pids_dir, outputs.details_dir, *make_dirs)
+    peer = _find_peer(config, node_rank)
     return HostPlan(
         host=host,
         node_rank=node_rank,
@@ -120,7 +122,26 @@ def plan_host(
         files=files,
         before_start=cmds.before_start,
         after_stop=cmds.after_stop,
+        peer=peer,
+        interface_vars=_interface_vars(config, host) if peer else (),
     )
+
+
+def _find_peer(config: Config, node_rank: int) -> str:
+    """A host that this one must reach: the first one, and for that one the second."""
+    runner = config.experiment.runner
+    if config.task_type in ("inference", "compress") or runner.per_node_task:
+        return ""
+    if node_rank > 0:
+        return master_of(config)
+    return config.hosts[1].name if len(config.hosts) > 1 else ""
+
+
+def _interface_vars(config: Config, host: Host) -> tuple[str, ...]:
+    """What the collectives of the host's chip heed, less what the configuration sets itself."""
+    chip = find_chip(host.chip) if host.chip else None
+    given = dict(environment_of(config, host))
+    return tuple(name for name in (chip.interfaces if chip else (GLOO_INTERFACE,)) if name not in given)
 
 
 def plan_job(config: Config, outputs: Outputs, hosts: tuple[HostPlan, ...], **fields: Any) -> JobPlan:
@@ -139,6 +160,7 @@ def plan_job(config: Config, outputs: Outputs, hosts: tuple[HostPlan, ...], **fi
         start_timeout_s=experiment.runner.start_timeout_s,
         ssh_port=experiment.runner.ssh_port,
         accept_new_host_keys=experiment.runner.accept_new_host_keys,
+        no_shared_fs=experiment.runner.no_shared_fs,
         **fields,
     )
 

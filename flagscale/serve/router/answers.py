@@ -35,10 +35,10 @@ class Refusal(FlagScaleError):  # noqa: N818 (an answer, more than an error)
         return b"data: " + self.body() + b"\n\n"
 
 
-async def send_refusal(refusal: Refusal, send: Send) -> None:
-    """The whole answer."""
+async def send_refusal(refusal: Refusal, send: Send, is_all: bool = True) -> None:
+    """The whole answer; unless `is_all`, its end is left for the caller to send."""
     body = refusal.body()
     headers: HeaderList = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": not is_all})

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from functools import wraps
 from typing import Any
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 CALLER_LEFT = 499
 ABORT = "flagscale.abort"
 """an extension of the ASGI scope: closes the connection at once, without what was not sent yet"""
+
+_LINGER_S = 5.0
 
 _Answerer = Callable[[Asked], Awaitable[Response]]
 
@@ -68,11 +70,22 @@ class Passthrough:
             record.code = CALLER_LEFT
         except Refusal as refusal:
             record.code = refusal.status
-            await send_refusal(refusal, send)
+            await send_refusal(refusal, send, is_all=record.code != 413)
+            if record.code == 413:
+                await _discard_body(receive)
+                await send({"type": "http.response.body"})
         finally:
             self._metrics.count(record, loop.time() - record.started)
         if record.code == CALLER_LEFT and (abort := scope.get("extensions", {}).get(ABORT)):
             abort()
+
+
+async def _discard_body(receive: Receive) -> None:
+    """Let a caller finish sending for a while: a connection that is closed on it would lose the answer on its way."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
 
 
 async def _outlives(work: "asyncio.Task[None]", receive: Receive) -> bool:

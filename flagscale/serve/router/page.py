@@ -21,7 +21,8 @@ def load_page() -> tuple[bytes, str]:
         tag.decode(): base64.b64encode(hashlib.sha256(text).digest()).decode() for tag, text in _INLINE.findall(html)
     }
     policy = (
-        "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "default-src 'none'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         f"script-src 'sha256-{digests['script']}'; style-src 'sha256-{digests['style']}'"
     )
     return html, policy
