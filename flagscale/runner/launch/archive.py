@@ -12,9 +12,10 @@ from pathlib import Path
 AGENT = tuple(f"runner/launch/{name}.py" for name in ("agent", "journal", "peers", "procs"))
 ERRANDS = (
     "errors.py",
+    *(f"patch/{name}.py" for name in ("state", "tree", "upstream")),
     "runner/config/hostfile.py",
     "runner/plan/job.py",
-    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "ports", "procs")),
+    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "ports", "procs", "sources")),
 )
 _ROOT = Path(__file__).resolve().parents[2]
 _MAIN = "import sys\n\nfrom flagscale.runner.launch.agent import main\n\nsys.exit(main(sys.argv))\n"

@@ -4,7 +4,7 @@ The launcher sends an archive of the few files that are needed and one line of J
 its standard input, keeps the archive in memory, and prints one line of JSON. Nothing is installed, nothing stays, and
 the host's answers come from the same code that checks this machine.
 
-    check    plan nonce_path nonce is_head   -> faults [[kind, text]..], port
+    check    plan nonce_path nonce is_head patches   -> faults [[kind, text]..], port
     ask      machine pids token              -> is_watched, num_left
     end      machine pids signum             -> {}
     clean    token grace_s                   -> num_left, how many processes without a watcher were ended
@@ -21,6 +21,7 @@ from typing import Any
 from flagscale.errors import FlagScaleError, UserError
 from flagscale.runner.launch import procs
 from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.plan.job import JobPlan, decode_plan
 
 BOOT = (
@@ -62,7 +63,11 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     port: int | None = None
     if unshared := _check_shared(request, plan):
         faults.append(("user", unshared))
-    for look in (partial(check_programs, plan, os.environ), partial(check_outputs, plan)):
+    for look in (
+        partial(check_programs, plan, os.environ),
+        partial(check_trees, plan, request["patches"]),
+        partial(check_outputs, plan),
+    ):
         try:
             look()
         except FlagScaleError as error:

@@ -35,9 +35,11 @@ from flagscale.runner.launch.folder import (
     ref_of,
 )
 from flagscale.runner.launch.local import GRACE_S, HANDOVER_LIMIT_S, hand_over, refuse_living, strip_secrets
+from flagscale.runner.launch.patches import expect_patches
 from flagscale.runner.launch.peers import Notice, write_notice
 from flagscale.runner.launch.reach import Links, Look, ask_hosts, clean_hosts, signal_hosts
 from flagscale.runner.launch.record import load_records
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.launch.startup import explain_interrupt
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, encode_plan
 
@@ -95,6 +97,7 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> int:
     """
     faults: list[tuple[str, Fault]] = []
     port = plan.master_port or 0
+    patches = expect_patches(plan)
     with _place_nonce(Path(plan.exp_dir)) as (path, nonce):
         requests = {
             host.label: {
@@ -102,6 +105,7 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> int:
                 "nonce_path": str(path),
                 "nonce": nonce,
                 "is_head": host is plan.hosts[0],
+                "patches": patches,
             }
             for host in plan.hosts
             if host.label in links.remotes
@@ -110,7 +114,7 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> int:
     for host in plan.hosts:
         name = host.host.name
         if host.label not in replies:
-            faults += [(kind, (name, text)) for kind, text in _check_here(plan, host, env)]
+            faults += [(kind, (name, text)) for kind, text in _check_here(plan, host, env, patches)]
             port = port or choose_port(plan)
             continue
         reply = replies[host.label]
@@ -125,11 +129,14 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> int:
     return port
 
 
-def _check_here(plan: JobPlan, host: HostPlan, env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _check_here(
+    plan: JobPlan, host: HostPlan, env: Mapping[str, str], patches: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """A plan may name this machine beside others."""
     alone = replace(plan, hosts=(host,))
     try:
         check_programs(alone, env)
+        check_trees(alone, patches)
         check_outputs(alone)
     except FlagScaleError as error:
         yield ("user" if isinstance(error, UserError) else "launch"), str(error)

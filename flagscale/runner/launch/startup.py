@@ -8,11 +8,12 @@ from pathlib import Path
 
 from flagscale.errors import LaunchError
 from flagscale.runner.launch.ending import catch_interrupts, tell_to_end
-from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.folder import RunRef, load_job
 from flagscale.runner.launch.journal import read_tail
 from flagscale.runner.launch.reach import Look
 from flagscale.runner.launch.record import HostRecord, order_by_cause
 from flagscale.runner.launch.resume import describe_beginning
+from flagscale.runner.launch.sources import describe_tree
 from flagscale.runner.plan.job import JobPlan
 
 POLL_S = 0.2
@@ -63,7 +64,9 @@ def describe_launch(run: RunRef, plan: JobPlan, foreground: bool) -> str:
     size = f", {plan.num_ranks} ranks" if plan.num_ranks else ""
     where = plan.hosts[0].host.name if len(plan.hosts) == 1 else f"{len(plan.hosts)} hosts"
     stop = f"flagscale stop {run.run_id}"
+    trees = load_job(run.exp_dir, run.run_id)["trees"]
     rows = {
+        "source": "; ".join(f"{tree['path']}: {describe_tree(tree)}" for tree in trees),
         "outputs": str(run.exp_dir),
         "log": str(run.output_path(run.labels[0]) if len(run.labels) == 1 else run.log_dir),
         "training": describe_beginning(plan) if plan.task == "train" else None,
