@@ -27,8 +27,9 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
 
-    from flagscale.runner.launch.folder import load_job, load_plan, query_git
+    from flagscale.runner.launch.folder import load_job, load_plan
     from flagscale.runner.launch.launcher import start_job
+    from flagscale.runner.launch.provenance import query_git
     from flagscale.runner.launch.sources import compare_trees, query_trees
     from flagscale.runner.monitor.follow import wait_job
     from flagscale.runner.monitor.runs import load_run

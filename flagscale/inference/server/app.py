@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.requests import ClientDisconnect
 
 import flagscale
@@ -13,7 +13,7 @@ from flagscale.errors import UserError
 from flagscale.inference.server.answers import Answer, make_reader
 from flagscale.inference.server.asking import ask_chat, ask_completion
 from flagscale.inference.server.bodies import ChatBody, CompletionBody, UpdateBody
-from flagscale.inference.server.faults import ErrorBody, install_faults, reject
+from flagscale.inference.server.faults import ErrorBody, install_faults, refusal_of
 from flagscale.inference.server.gate import Gate
 from flagscale.inference.server.service import Service
 from flagscale.inference.server.shapes import CHAT, COMPLETION
@@ -23,9 +23,10 @@ LEFT = 499
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
-def make_app(service: Service, keys: Sequence[str] = (), max_body_bytes: int | None = None) -> FastAPI:
+def make_app(service: Service, keys: Sequence[str], max_body_bytes: int) -> FastAPI:
     """The whole interface over one service."""
     app = FastAPI(
         title="flagscale inference server",
@@ -33,13 +34,12 @@ def make_app(service: Service, keys: Sequence[str] = (), max_body_bytes: int | N
         docs_url=None,
         redoc_url=None,
         responses=RESPONSES,
-        max_body_size=max_body_bytes,
     )
     install_faults(app)
     _add_openai(app, service)
     _add_engine(app, service)
     routes = [path for path in app.openapi()["paths"] if "{" not in path]
-    app.add_middleware(Gate, service=service, keys=keys, routes=routes)
+    app.add_middleware(Gate, service=service, keys=keys, routes=routes, max_body_bytes=max_body_bytes)
     return app
 
 
@@ -52,7 +52,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     async def show_model(name: str) -> dict[str, Any]:
         return _describe(service, service.check_model(name))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=STREAMED)
     async def complete(request: Request, body: CompletionBody) -> Response:
         model = service.check_model(body.model)
         prompts = await ask_completion(service, body)
@@ -61,7 +61,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         wants = body.logprobs is not None
         return await _respond(Answer(service, request, body, prompts, COMPLETION, reader, wants, model))
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(request: Request, body: ChatBody) -> Response:
         model = service.check_model(body.model)
         prompts = await ask_chat(service, body)
@@ -102,7 +102,7 @@ def _add_engine(app: FastAPI, service: Service) -> None:
     async def version() -> dict[str, Any]:
         return {"version": flagscale.__version__, "weights": service.engine.version if service.is_open else None}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         found = await service.running.metrics() if service.is_open else None
         return Response(service.meter.render(found), media_type=METRICS_TYPE)
@@ -113,7 +113,7 @@ def _add_engine(app: FastAPI, service: Service) -> None:
         try:
             await service.update_weights(Path(body.model_path), body.version)
         except UserError as error:
-            reject(error, "model_path")
+            raise refusal_of(error, "model_path") from error
         return {"weights": body.version}
 
     @app.post("/sleep")

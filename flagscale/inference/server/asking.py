@@ -8,7 +8,7 @@ from typing import Any
 from flagscale.errors import ConfigError, UserError
 from flagscale.inference.engine import SamplingParams
 from flagscale.inference.server.bodies import MAX_PROMPTS, ChatBody, CompletionBody, Message, SamplingBody
-from flagscale.inference.server.faults import RequestError, reject
+from flagscale.inference.server.faults import RequestError, refusal_of
 from flagscale.inference.server.service import Service
 
 DEFAULT_MAX_TOKENS = 16
@@ -41,7 +41,7 @@ async def ask_completion(service: Service, body: CompletionBody) -> tuple[Prompt
     given = list_prompts(body.prompt)
     for text in given:
         if isinstance(text, str):
-            check_text(text, "prompt")
+            check_text(service, text, "prompt")
     tokens = await service.call_encoder(lambda: [engine.encode(prompt) for prompt in given], "prompt")
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else None
     wanted = max(1, body.max_tokens) if body.max_tokens is not None else None
@@ -119,15 +119,18 @@ def encode_chat(service: Service, body: ChatBody, tools: list[dict[str, Any]] | 
         )
     except Exception as error:  # whatever a template raises is about what it was given
         raise UserError(f"messages: the chat template of this model refuses them: {error}") from error
-    check_text(text, "messages")
+    check_text(service, text, "messages")
     return service.engine.encode(tokenizer.encode(text, add_special_tokens=False))
 
 
-def check_text(text: str, param: str) -> None:
+def check_text(service: Service, text: str, param: str) -> None:
     """
     Raises:
-        RequestError: the text holds half a surrogate pair, which JSON can write and no tokenizer can read.
+        RequestError: the text cannot fit, or holds half a surrogate pair, which JSON can write and no tokenizer read.
     """
+    if len(text) > service.max_text_len:
+        message = f"{len(text)} characters do not fit: {service.engine.max_model_len} tokens are the most"
+        raise RequestError(message, param=param, code="context_length_exceeded")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -185,7 +188,7 @@ def make_prompt(
     try:
         return Prompt(tuple(tokens), sampling_of(service, body, settings, max_tokens or min(limit or room, room)))
     except ConfigError as error:
-        reject(error)
+        raise refusal_of(error) from error
 
 
 def sampling_of(service: Service, body: SamplingBody, settings: dict[str, Any], max_tokens: int) -> SamplingParams:

@@ -1,7 +1,7 @@
 """Every refusal in the shape that OpenAI's clients read: message, type, the parameter at fault, a code."""
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,6 +12,11 @@ from starlette.exceptions import HTTPException
 from flagscale.errors import ConfigError, FlagScaleError, UserError
 
 RETRY_AFTER_S = "1"
+ONE_OF_MANY = {
+    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
+    "stop": "a text or a list of texts",
+}
+"""what may have several forms, said once instead of once for each form"""
 
 
 class ErrorDetail(BaseModel):
@@ -55,23 +60,24 @@ def error_response(
     return JSONResponse(error_body(status, message, param, code), status, {**more, **(headers or {})})
 
 
-def reject(error: UserError, param: str | None = None) -> NoReturn:
-    """Tell the client what the engine found wrong with its request."""
+def refusal_of(error: UserError, param: str | None = None) -> RequestError:
+    """What the engine found wrong with a request, as the client is told; `param`: where it does not say itself."""
     if isinstance(error, ConfigError):
-        faults = [(fault.path.removeprefix("sampling."), fault) for fault in error.faults]
-        message = "; ".join(str(fault).removeprefix("sampling.") for _, fault in faults)
-        raise RequestError(message, param=faults[0][0].split(".")[0]) from error
+        message = "; ".join(str(fault).removeprefix("sampling.") for fault in error.faults)
+        return RequestError(message, param=error.faults[0].path.removeprefix("sampling.").split(".")[0])
     message = str(error)
     if message.startswith("sampling."):
         message = message.removeprefix("sampling.")
         param = message.partition(":")[0]
-    raise RequestError(message, param=param) from error
+    return RequestError(message, param=param)
 
 
 def error_of(error: BaseException) -> RequestError:
-    """The same voice for what goes wrong while a stream runs, when the status is already out."""
+    """The same voice for whatever goes wrong, also when a stream runs and the status is already out."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, UserError):
+        return refusal_of(error)
     if isinstance(error, FlagScaleError):
         return RequestError(str(error), status=503)
     return RequestError("the engine failed on this request", status=500)
@@ -86,6 +92,8 @@ def describe_validation(error: RequestValidationError) -> tuple[str, str | None]
         if each["loc"] == ("body",):
             return "the body is not a JSON object; expected one with content type application/json", None
         place = [str(part) for part in each["loc"] if part != "body"]
+        if place and place[0] in ONE_OF_MANY and each["type"] != "missing":
+            place, each = place[:1], {"msg": f"expected {ONE_OF_MANY[place[0]]}"}
         param = place[0] if place else None
         text = f"{'.'.join(place)}: {each['msg']}" if place else each["msg"]
         if text not in texts:
@@ -97,10 +105,6 @@ def describe_validation(error: RequestValidationError) -> tuple[str, str | None]
 def install_faults(app: FastAPI) -> None:
     """Answer every error of the framework, the engine and ourselves in OpenAI's shape."""
 
-    @app.exception_handler(RequestError)
-    async def refused(_request: Request, error: RequestError) -> JSONResponse:
-        return error_response(error.status, error.message, error.param, error.code)
-
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         return error_response(400, *describe_validation(error))
@@ -110,17 +114,13 @@ def install_faults(app: FastAPI) -> None:
         messages = {
             404: f"there is no {request.url.path} here",
             405: f"{request.url.path} does not take {request.method}",
-            413: "the request is larger than this server takes",
         }
         message = messages.get(error.status_code, str(error.detail))
         return error_response(error.status_code, message, headers=error.headers)
 
+    @app.exception_handler(RequestError)
     @app.exception_handler(FlagScaleError)
-    async def failed(_request: Request, error: FlagScaleError) -> JSONResponse:
-        found = error_of(error)
-        return error_response(found.status, found.message)
-
     @app.exception_handler(Exception)
-    async def broken(_request: Request, error: Exception) -> JSONResponse:
+    async def failed(_request: Request, error: Exception) -> JSONResponse:
         found = error_of(error)
-        return error_response(found.status, found.message)
+        return error_response(found.status, found.message, found.param, found.code)

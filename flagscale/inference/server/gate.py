@@ -1,6 +1,6 @@
-"""Who may pass, before any body is read: bearer tokens, and states in which the engine cannot be asked.
+"""Who may pass: bearer tokens, states in which the engine cannot be asked, and how large a body may be.
 
-Plain ASGI, since it has to count a streamed request until its last byte.
+Plain ASGI, since it has to count a streamed request until its last byte, and a body before it is whole.
 """
 
 import hmac
@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flagscale.inference.server.faults import error_response
@@ -25,8 +26,11 @@ REASONS = {"loading": "the model is still loading", "draining": "the server is e
 class Gate:
     """Lets a request through to `app`, or answers it."""
 
-    def __init__(self, app: ASGIApp, service: Service, keys: Sequence[str], routes: Sequence[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, service: Service, keys: Sequence[str], routes: Sequence[str], max_body_bytes: int
+    ) -> None:
         self._app, self._service, self._routes = app, service, frozenset(routes)
+        self._max_body_bytes = max_body_bytes
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +53,7 @@ class Gate:
             refusal = error_response(401, message, code="invalid_api_key", headers=challenge)
             await refusal(scope, receive, tell)
         elif path in FREE_PATHS:
-            await self._app(scope, receive, tell)
+            await self._app(scope, self._limit(receive), tell)
         elif (reason := REASONS.get(self._service.state)) is not None:
             await error_response(503, reason, headers={"Connection": "close"})(scope, receive, tell)
         else:
@@ -58,9 +62,24 @@ class Gate:
     async def _count(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.num_in_flight += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, self._limit(receive), send)
         finally:
             self._service.num_in_flight -= 1
+
+    def _limit(self, receive: Receive) -> Receive:
+        num_bytes = 0
+
+        async def receive_up_to() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise HTTPException(
+                    413, f"the body is larger than {self._max_body_bytes} bytes", {"Connection": "close"}
+                )
+            return message
+
+        return receive_up_to
 
     def _has_key(self, headers: Headers) -> bool:
         if not self._keys:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from flagscale.errors import UserError
 from flagscale.inference.engine import AsyncEngine, Engine
 from flagscale.inference.server.disk_weights import read_weights
-from flagscale.inference.server.faults import RequestError, reject
+from flagscale.inference.server.faults import RequestError, refusal_of
 from flagscale.inference.server.metrics import RequestMeter
 from flagscale.inference.server.token_text import TokenTable
 
@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 class Service:
     """What all routes share.
 
+    max_text_len: characters of a prompt that certainly does not fit any more, so that nobody has to encode it
     num_in_flight: requests that an engine is needed for and that are not answered yet
     """
 
@@ -36,6 +37,7 @@ class Service:
         self.meter = RequestMeter()
         self.defaults: Mapping[str, Any] = {}
         self.table = TokenTable(None)
+        self.max_text_len = 0
         self._engine: Engine | None = None
         self._running: AsyncEngine | None = None
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
@@ -45,6 +47,8 @@ class Service:
         self._engine, self._running = engine, running
         self.defaults = find_defaults(engine.model)
         self.table = TokenTable(engine.tokenizer)
+        longest = max(map(len, engine.tokenizer.get_vocab())) if engine.tokenizer is not None else 1
+        self.max_text_len = engine.max_model_len * longest
 
     @property
     def state(self) -> State:
@@ -89,7 +93,7 @@ class Service:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, work)
         except UserError as error:
-            reject(error, param)
+            raise refusal_of(error, param) from error
 
     async def update_weights(self, folder: Path, version: int | str) -> None:
         """Replace all weights by those in a folder, or none; requests go on under the new ones.

@@ -15,7 +15,8 @@ from flagscale.runner.config.hostfile import Host
 
 PLAN_VERSION = 1
 
-LaunchName = Literal["master_port", "run_id"]
+LaunchName = Literal["master_port", "next_port", "num_threads", "run_id"]
+"""master_port: a free port of the head host; next_port: the one after it; num_threads: a replica's part of a CPU"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,10 @@ class HostPlan:
     """(absolute path, content), written before the processes start"""
     before_start: str | None = None
     after_stop: str | None = None
+    peer: str = ""
+    """the address of another host of the job; empty where this one is alone, or the planner does not know any"""
+    interface_vars: tuple[str, ...] = ()
+    """variables that get the interface which leads to `peer`, found on the host, where nothing else sets them"""
 
     @property
     def label(self) -> str:
@@ -125,6 +130,10 @@ class JobPlan:
     ssh_port: int | None = None
     accept_new_host_keys: bool = False
     """remember the key of a host that was never met; one that changed is refused in any case"""
+    no_shared_fs: bool = False
+    """each host has an experiment folder of its own, on the same path"""
+    service: Mapping[str, Any] | None = None
+    """what the controller of a service is told (`plan/service.py`)"""
     version: int = PLAN_VERSION
 
     @property
@@ -178,6 +187,7 @@ def _host(row: dict[str, Any]) -> HostPlan:
             "processes": tuple(_process(process) for process in row["processes"]),
             "make_dirs": tuple(row["make_dirs"]),
             "files": tuple((path, content) for path, content in row["files"]),
+            "interface_vars": tuple(row.get("interface_vars", ())),
         }
     )
 
