@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from flagscale.runner.launch.archive import ERRANDS, build_archive
+from flagscale.runner.launch.connection import Connection, LinkError, open_connection
 from flagscale.runner.launch.errands import BOOT
 from flagscale.runner.launch.folder import Remote, RunRef
 from flagscale.runner.launch.mirror import fetch_reports, find_away
@@ -23,9 +24,6 @@ from flagscale.runner.launch.notice import Notice, load_notice
 from flagscale.runner.launch.procs import end_leftovers
 from flagscale.runner.launch.pulse import render_pulse
 from flagscale.runner.launch.record import Answer, HostRecord, load_records
-
-if TYPE_CHECKING:
-    from flagscale.runner.launch.link import Link
 
 CONNECT_LIMIT_S = 10.0
 ASK_LIMIT_S = 10.0
@@ -55,7 +53,7 @@ class Links:
         self.remotes = {remote.label: remote for remote in remotes}
         self.accept_new = accept_new
         self.limit_s = limit_s
-        self.open: dict[str, Link] = {}
+        self.open: dict[str, Connection] = {}
         self.archive = build_archive(ERRANDS)
 
     def __enter__(self) -> "Links":
@@ -93,11 +91,9 @@ class Links:
             return dict(zip(names, pool.map(run, names), strict=True))
 
     def _run(self, label: str, words: list[str], text: bytes, limit_s: float) -> Reply:
-        from flagscale.runner.launch.link import Link, LinkError
-
         try:
             if label not in self.open:
-                self.open[label] = Link(self.remotes[label], self.accept_new, self.limit_s)
+                self.open[label] = open_connection(self.remotes[label], self.accept_new, self.limit_s)
             code, out, err = self.open[label].run(words, text, limit_s)
         except LinkError as error:
             if broken := self.open.pop(label, None):
