@@ -143,7 +143,7 @@ def send_errand(**request: Any) -> dict[str, Any]:
 
 def check_request(plan: JobPlan, path: Path, nonce: str, is_head: bool = True) -> dict[str, Any]:
     alone = replace(plan, hosts=plan.hosts[:1])
-    return {"plan": encode_plan(alone), "nonce_path": str(path), "nonce": nonce, "is_head": is_head}
+    return {"plan": encode_plan(alone), "nonce_path": str(path), "nonce": nonce, "is_head": is_head, "patches": {}}
 
 
 def test_a_host_checks_its_part_of_the_plan(tmp_path: Path) -> None:
