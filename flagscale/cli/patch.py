@@ -1,7 +1,9 @@
 """`flagscale patch`: apply patch sets to a source tree or an installed package, make them, and say what is applied."""
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +86,7 @@ def find_tree(args: argparse.Namespace) -> Path:
     if args.tree and args.package:
         raise UserError("--tree and --package both name a tree; give one of them")
     if args.tree:
-        return Path(args.tree)
+        return Path(args.tree).resolve()
     if args.package:
         return find_package(args.package)
     if not args.backend:
@@ -191,9 +193,20 @@ def tell(args: argparse.Namespace, tree: Path, outcome: "Outcome", done: str) ->
     lines += [f"files written meanwhile are kept in {outcome.kept}"] if outcome.kept else []
     if outcome.changed and not args.dry_run:
         lines.append(done)
-        if Path.cwd().is_relative_to(tree.parent.resolve() / f".{tree.name}.flagscale") or not Path.cwd().exists():
+        if enter_working_folder():
             lines.append("this shell stands in the folder that was replaced: `cd .` enters the new one")
-    print("\n".join(lines), file=sys.stderr if args.dry_run else sys.stdout)
+    print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr if args.dry_run else sys.stdout)
+
+
+def enter_working_folder() -> bool:
+    """Enter the folder that has the name of the working folder, if that was replaced; whether it was."""
+    try:
+        os.getcwd()  # noqa: PTH109 (a Path would only hide the call that fails)
+        return False
+    except FileNotFoundError:
+        with contextlib.suppress(OSError):
+            os.chdir(os.environ.get("PWD", "."))
+        return True
 
 
 def status(args: argparse.Namespace) -> int:
@@ -302,5 +315,6 @@ def export(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str]) -> int:
     """Run the verb; `status` has exit code 1 for a tree that is neither clean nor patched and nothing else."""
     args = make_parser().parse_args(argv)
+    enter_working_folder()
     actions = {"apply": apply, "revert": revert, "status": status, "diff": diff, "export": export}
     return actions[args.action](args)
