@@ -34,9 +34,7 @@ def find_git() -> str:
     """
     git = shutil.which("git")
     if git is None:
-        raise SourceError(
-            "a backend's source is kept as a git tree, and there is no git on the PATH (`apt install git`)"
-        )
+        raise SourceError("a fetched source is kept as a git tree, and there is no git on the PATH (`apt install git`)")
     return git
 
 
