@@ -58,7 +58,7 @@ def read_settings(settings: Settings) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def install_backend(ours: Mapping[str, str], *, is_editable: bool) -> None:
-    """Do what `flagscale install` would, where the installed toolkit looks: in the checkout, or a wheel's own folder."""
+    """Do what `flagscale install` would, where the installed toolkit looks: the checkout, or a wheel's folder."""
     if not ours:
         return
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -130,6 +130,10 @@ def act(
             from flagscale.cli.stop import main as stop
 
             return stop([job.plan.exp_dir])
+        case "query" if job.plan.service is not None:
+            from flagscale.cli.serve import show_status
+
+            return show_status([job.plan.exp_dir])
         case "query":
             from flagscale.cli.status import main as status
 

@@ -111,8 +111,8 @@ def _load_diffs(folder: Path) -> dict[str, bytes]:
     if encrypted := find_encrypted(folder):
         raise UserError(
             f"{folder}: {len(encrypted)} patches are encrypted ({encrypted[0].relative_to(folder)}, ..), and nothing "
-            "was imported: what cannot be read cannot be checked or reviewed. Decrypt them with FlagScale and the author's "
-            "key, or ask the author for the plain ones."
+            "was imported: what cannot be read cannot be checked or reviewed. Decrypt them with FlagScale and the "
+            "author's key, or ask the author for the plain ones."
         )
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob(f"*{SUFFIX}"))}
     if not found:

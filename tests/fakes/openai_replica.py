@@ -61,6 +61,7 @@ class FakeReplica:
     first_token_s: float = 0.0
     token_s: float = 0.0
     port: int = 0
+    host: str = "127.0.0.1"
     faults: list[Fault] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     """bodies of all requests but probes, with the path under `_path`"""
@@ -85,7 +86,7 @@ class FakeReplica:
             app.router.add_post(path, self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.05)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=1024)
+        site = web.TCPSite(self._runner, self.host, self.port, reuse_address=True, backlog=1024)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
@@ -178,7 +179,8 @@ class FakeReplica:
             if number:
                 await asyncio.sleep(self.token_s)
             yield number, encode_event(self._shape(asked, {"text": word + " ", "delta": {"content": word + " "}}))
-        if (body.get("stream_options") or {}).get("include_usage"):
+        options = body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
             yield number + 1, encode_event({**self._shape(asked, None), "usage": _usage(body)})
         yield number + 2, b"data: [DONE]\n\n"
 

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flagscale import env
 from flagscale.errors import LaunchError, RunError
@@ -51,6 +51,7 @@ class Remote:
     port: int | None
     python: str
     is_shared: bool = True
+    client: Literal["paramiko", "openssh"] = "paramiko"
 
     def __str__(self) -> str:
         return f"{self.user}@{self.name}" if self.user else self.name
@@ -67,7 +68,8 @@ def list_remotes(plan: JobPlan) -> tuple[Remote, ...]:
             host.host.user,
             host.host.port or named,
             sys.executable,
-            is_shared=not plan.no_shared_fs,
+            not plan.no_shared_fs,
+            plan.ssh_client,
         )
         for host in hosts
     )

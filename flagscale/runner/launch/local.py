@@ -159,7 +159,7 @@ def hand_over(run: RunRef, label: str, secrets: Mapping[str, str], env: Mapping[
     Raises:
         LaunchError: it did not answer.
     """
-    argv = [sys.executable, "-I", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
+    argv = [sys.executable, "-I", "-S", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
     try:
         done = subprocess.run(
             argv,

@@ -280,7 +280,7 @@ def start_agents(run: RunRef, links: Links, secrets: Mapping[str, str], env: Map
     line = json.dumps(dict(secrets)).encode() + b"\n"
     archive = str(run.folder / "agent.pyz")
     commands = {
-        label: ([remote.python, "-I", archive, str(run.spec_path(label))], line)
+        label: ([remote.python, "-I", "-S", archive, str(run.spec_path(label))], line)
         for label, remote in links.remotes.items()
     }
     with catch_interrupts(run, stops_job=False) as interrupts:

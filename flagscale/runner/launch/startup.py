@@ -35,7 +35,7 @@ def wait_until_up(run: RunRef, plan: JobPlan, foreground: bool) -> None:
     with catch_interrupts(run, stops_job=foreground) as interrupts:
         print(describe_launch(run, plan, foreground), file=sys.stderr, flush=True)
         deadline = time.monotonic() + plan.start_timeout_s
-        look = Look(run)
+        look = Look(run, answers={})
         with show_progress() as show:
             while True:
                 if interrupts.num:

@@ -130,6 +130,7 @@ class JobPlan:
     ssh_port: int | None = None
     accept_new_host_keys: bool = False
     """remember the key of a host that was never met; one that changed is refused in any case"""
+    ssh_client: Literal["paramiko", "openssh"] = "paramiko"
     no_shared_fs: bool = False
     """each host has an experiment folder of its own, on the same path"""
     service: Mapping[str, Any] | None = None
