@@ -61,6 +61,7 @@ class FakeReplica:
     first_token_s: float = 0.0
     token_s: float = 0.0
     port: int = 0
+    host: str = "127.0.0.1"
     faults: list[Fault] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     """bodies of all requests but probes, with the path under `_path`"""
@@ -89,7 +90,7 @@ class FakeReplica:
             app.router.add_post(path, self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.05)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=1024)
+        site = web.TCPSite(self._runner, self.host, self.port, reuse_address=True, backlog=1024)
         await site.start()
         self.port = self._runner.addresses[0][1]
 

@@ -9,12 +9,13 @@ from factories import ROOT, run_python
 
 PACKAGE = ROOT / "flagscale"
 ORDER = (
-    ("flagscale.errors", "flagscale.env", "flagscale.chips"),
+    ("flagscale.errors", "flagscale.env", "flagscale.chips", "flagscale.serve.router.settings"),
     ("flagscale.runner.config",),
     ("flagscale.runner.plan",),
     ("flagscale.runner.render",),
     ("flagscale.runner.launch",),
     ("flagscale.runner.monitor",),
+    ("flagscale.serve",),
     ("flagscale.runner.tune",),
     ("flagscale.cli",),
 )
