@@ -182,6 +182,8 @@ class Runner(Torchrun):
     nproc_per_node: int | None = Field(default=None, ge=1)
     hostfile: str | None = None
     ssh_port: int | None = Field(default=22, ge=1, le=65535)
+    ssh_client: Literal["paramiko", "openssh"] = "paramiko"
+    """openssh: the machine's own `ssh`, where its configuration, jump hosts or agents are needed"""
     accept_new_host_keys: bool = False
     """remember the keys of hosts that were never met; a key that changed is refused in any case"""
     master_addr: str | None = None

@@ -19,9 +19,13 @@ AGENT = tuple(
 )
 ERRANDS = (
     "errors.py",
+    *(f"patch/{name}.py" for name in ("state", "tree", "upstream")),
     "runner/config/hostfile.py",
     "runner/plan/job.py",
-    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs")),
+    *(
+        f"runner/launch/{name}.py"
+        for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs", "sources")
+    ),
 )
 _ROOT = Path(__file__).resolve().parents[2]
 _MAIN = b"import sys\n\nfrom flagscale.runner.launch.agent import main\n\nsys.exit(main(sys.argv))\n"

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flagscale import env
 from flagscale.errors import LaunchError, RunError
@@ -27,6 +27,7 @@ from flagscale.runner.launch.archive import build_archive
 from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder
 from flagscale.runner.launch.journal import Entry, Spec, load_spec
 from flagscale.runner.launch.provenance import query_environment, query_git
+from flagscale.runner.launch.sources import query_trees
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec, decode_plan, encode_plan
 from flagscale.runner.render.script import render_script
 
@@ -50,6 +51,7 @@ class Remote:
     port: int | None
     python: str
     is_shared: bool = True
+    client: Literal["paramiko", "openssh"] = "paramiko"
 
     def __str__(self) -> str:
         return f"{self.user}@{self.name}" if self.user else self.name
@@ -66,7 +68,8 @@ def list_remotes(plan: JobPlan) -> tuple[Remote, ...]:
             host.host.user,
             host.host.port or named,
             sys.executable,
-            is_shared=not plan.no_shared_fs,
+            not plan.no_shared_fs,
+            plan.ssh_client,
         )
         for host in hosts
     )
@@ -223,6 +226,7 @@ def describe_job(
         "values": dict(values),
         "git": query_git(Path.cwd()),
         "environment": query_environment(),
+        "trees": query_trees(plan),
         "plan": encode_plan(plan),
         "config": config,
     }

@@ -160,6 +160,7 @@ def plan_job(config: Config, outputs: Outputs, hosts: tuple[HostPlan, ...], **fi
         start_timeout_s=experiment.runner.start_timeout_s,
         ssh_port=experiment.runner.ssh_port,
         accept_new_host_keys=experiment.runner.accept_new_host_keys,
+        ssh_client=experiment.runner.ssh_client,
         no_shared_fs=experiment.runner.no_shared_fs,
         **fields,
     )
