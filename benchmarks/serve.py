@@ -5,10 +5,10 @@
 
 Without `--url` the engine is the fake of tests/fakes, at an engine's pace. Engine, router and callers are processes of
 their own. In a round so many callers stream all the time, one stream after another, each beginning at a time of its
-own, so that first tokens meet a router under load. Rounds alternate (A B A B ..). Quoted are the median
-of the pairs' ratios of throughput and the difference of the medians of all first-token times, with what is promised, and the router's
-processor time. First-token times of a few milliseconds mean something only where no other work waits for the processors:
-on a machine that is shared, put `chrt -r 1` before the command.
+own, so that first tokens meet a router under load. Rounds alternate (A B A B ..). Quoted, with what is promised, are
+the median of the pairs' ratios of throughput and the difference of the medians of all first-token times; and the
+router's processor time. A few milliseconds mean something only where no other work waits for the processors: on a
+machine that is shared, put `chrt -r 1` before the command.
 
     throughput       through the router / straight      promised: at least 0.95
     first token      through the router - straight      promised: at most 3 ms

@@ -71,6 +71,8 @@ class FakeReplica:
     num_in_flight: int = 0
     num_cancelled: int = 0
     """requests whose caller left before the end"""
+    pad_chars: int = 0
+    """how much longer than its word each piece of a stream is"""
     keeps_requests: bool = True
     _runner: web.AppRunner | None = None
 
@@ -178,7 +180,8 @@ class FakeReplica:
         for number, word in enumerate(words_of(body)):
             if number:
                 await asyncio.sleep(self.token_s)
-            yield number, encode_event(self._shape(asked, {"text": word + " ", "delta": {"content": word + " "}}))
+            text = word + " " * (1 + self.pad_chars)
+            yield number, encode_event(self._shape(asked, {"text": text, "delta": {"content": text}}))
         options = body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage"):
             yield number + 1, encode_event({**self._shape(asked, None), "usage": _usage(body)})

@@ -80,7 +80,7 @@ def describe_launch(run: RunRef, plan: JobPlan, foreground: bool) -> str:
     width = max(len(name) for name, text in rows.items() if text)
     what = plan.task + (f" with {plan.backend}" if plan.backend else "")
     head = f"run {run.run_id}: {f'{plan.exp_name}, ' if plan.exp_name else ''}{what}{size} on {where}"
-    return "\n".join([head, *(f"  {name:<{width}} {text}" for name, text in rows.items() if text)])
+    return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in rows.items() if text)])
 
 
 def explain_interrupt(run: RunRef, is_stopping: bool) -> LaunchError:
