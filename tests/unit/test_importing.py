@@ -59,7 +59,7 @@ def theirs(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_becomes_a_patch_set_that_makes_the_same_tree(theirs: Path, tree: Path, tmp_path: Path) -> None:
+def test_a_folder_becomes_a_patch_set_that_makes_the_same_tree(theirs: Path, tree: Path) -> None:
     got = import_series(theirs, tree, PIN)
     series = got.series
     assert got.left == ()
@@ -88,7 +88,9 @@ def test_the_verb_writes_it_once(
 
 def test_what_does_not_fit_is_named_and_left_out_only_when_told(theirs: Path, tree: Path) -> None:
     (tree / "toy" / "core.py").write_text("ANSWER = 40\n")
-    with pytest.raises(PatchError, match=r"1 of 3 patches do not fit(.|\n)*toy/core\.py\.patch(.|\n)*made for b6553be1"):
+    with pytest.raises(
+        PatchError, match=r"1 of 3 patches do not fit(.|\n)*toy/core\.py\.patch(.|\n)*made for b6553be1"
+    ):
         import_series(theirs, tree, PIN)
     got = import_series(theirs, tree, PIN, partial=True)
     assert got.left == ("toy/core.py.patch",)
@@ -102,7 +104,9 @@ def test_what_does_not_fit_is_named_and_left_out_only_when_told(theirs: Path, tr
 
 def test_encrypted_patches_are_refused_with_a_clear_word(theirs: Path, tree: Path) -> None:
     (theirs / "toy" / "core.py.patch").rename(theirs / "toy" / "core.py.patch.encrypted")
-    with pytest.raises(UserError, match=r"1 patches are encrypted \(toy/core\.py\.patch\.encrypted, \.\.\), and nothing"):
+    with pytest.raises(
+        UserError, match=r"1 patches are encrypted \(toy/core\.py\.patch\.encrypted, \.\.\), and nothing"
+    ):
         import_series(theirs, tree, PIN)
 
 
