@@ -7,6 +7,7 @@
     ├── RunError                a run cannot be stopped or followed as asked
     │   └── UnknownRunError     exit code 2: what was typed means no run
     ├── SourceError             a backend's source cannot be fetched, or is not what its pin says
+    ├── PatchError              a patch does not fit, or a tree holds edits that would be lost
     └── HookError               a hook did not take: the backend is not the version it was written for
 
 The command line prints `str(error)` and no traceback for all of them; any other exception is our own mistake and keeps
@@ -78,6 +79,10 @@ class UnknownRunError(RunError, UserError):
 
 class SourceError(FlagScaleError):
     """A backend's source cannot be fetched, or is not what its pin says."""
+
+
+class PatchError(FlagScaleError):
+    """A patch does not fit, or a tree holds edits that would be lost; the tree is as it was."""
 
 
 class HookError(FlagScaleError):

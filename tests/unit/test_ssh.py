@@ -19,7 +19,7 @@ from flagscale.runner.launch import errands, procs, reach
 from flagscale.runner.launch.archive import ERRANDS, build_archive
 from flagscale.runner.launch.folder import Remote, RunRef, find_neighbour, list_remotes, load_ref, ref_of
 from flagscale.runner.launch.record import Answer, HostRecord, order_by_cause
-from flagscale.runner.launch.ssh import check_hosts, describe_faults
+from flagscale.runner.launch.ssh import Ready, check_hosts, describe_faults
 from flagscale.runner.launch.startup import check_alive
 from flagscale.runner.monitor.state import query_run
 from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec, decode_plan, encode_plan
@@ -143,7 +143,7 @@ def send_errand(**request: Any) -> dict[str, Any]:
 
 def check_request(plan: JobPlan, path: Path, nonce: str, is_head: bool = True) -> dict[str, Any]:
     alone = replace(plan, hosts=plan.hosts[:1])
-    return {"plan": encode_plan(alone), "nonce_path": str(path), "nonce": nonce, "is_head": is_head}
+    return {"plan": encode_plan(alone), "nonce_path": str(path), "nonce": nonce, "is_head": is_head, "patches": {}}
 
 
 def test_a_host_checks_its_part_of_the_plan(tmp_path: Path) -> None:
@@ -219,9 +219,12 @@ class FakeLinks:
 def test_the_port_is_the_head_host_s_and_faults_have_their_class(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, *TWO)
     (tmp_path / "exp").mkdir()
-    good = {"a": reach.Reply({"faults": [], "port": 4321}), "b": reach.Reply({"faults": [], "port": None})}
-    assert check_hosts(plan, FakeLinks(plan, **good), {}) == 4321  # type: ignore[arg-type]
-    user = reach.Reply({"faults": [["user", "no entry point"]], "port": None})
+    good = {
+        "a": reach.Reply({"faults": [], "port": 4321, "is_shared": True}),
+        "b": reach.Reply({"faults": [], "port": None, "is_shared": True}),
+    }
+    assert check_hosts(plan, FakeLinks(plan, **good), {}) == Ready(4321, frozenset())  # type: ignore[arg-type]
+    user = reach.Reply({"faults": [["user", "no entry point"]], "port": None, "is_shared": True})
     with pytest.raises(UserError, match="1 of 2 hosts cannot take part"):
         check_hosts(plan, FakeLinks(plan, **{**good, "b": user}), {})  # type: ignore[arg-type]
     silent = reach.Reply({}, "cannot be reached")
@@ -326,6 +329,9 @@ def test_a_host_s_own_word_goes_over_its_heartbeat(
         }
 
     monkeypatch.setattr(reach.Links, "call", call)
+    monkeypatch.setattr(
+        reach.Links, "run_all", lambda _self, commands, _limit_s: dict.fromkeys(commands, reach.Reply({}))
+    )
     found = query_run(run)
     assert asked == ["host_0_a", "host_1_b"]
     assert found.state == state

@@ -8,9 +8,10 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from flagscale import env
+from flagscale.errors import find_nearest
 from flagscale.runner.config.section import Section
 
 Seconds = float
@@ -66,6 +67,22 @@ def _read_json(value: Any) -> Any:
     return read
 
 
+def _check_router(values: dict[str, Any]) -> dict[str, Any]:
+    """Only what is the user's to set: address and keys come from elsewhere."""
+    from flagscale.serve.router.settings import RouterSettings
+
+    known = RouterSettings.model_fields.keys() - {"host", "port", "api_keys"}
+    for name in values.keys() - known:
+        near = find_nearest(name, known)
+        raise ValueError(f"settings of the router, which has no `{name}`" + f"; did you mean `{near}`?" * bool(near))
+    try:
+        RouterSettings(**values)
+    except ValidationError as error:
+        row = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ValueError(f"for `{'.'.join(map(str, row['loc']))}`: {row['msg']}") from None
+    return values
+
+
 VariableName = Annotated[str, AfterValidator(_check_variable)]
 Environment = dict[VariableName, str]
 
@@ -93,6 +110,13 @@ class Deploy(Section):
     """How a service is put up."""
 
     port: int | None = Field(default=None, ge=1, le=65535)
+    """where the service answers; default the model's own `port`, else 8000"""
+    host: str | None = None
+    """the address that it listens on; default the model's own `host`, else 127.0.0.1"""
+    api_key_env: VariableName | None = None
+    """the environment variable that holds the service's API key; needed for any address but the loopback's"""
+    router: Annotated[dict[str, Any], AfterValidator(_check_router)] = Field(default_factory=dict)
+    """settings of the router in front of the replicas"""
     use_fs_serve: bool = True
     enable_composition: bool = False
     name: str | None = None
@@ -119,7 +143,9 @@ class CliArgs(Section):
 class Torchrun(Section):
     """Options of `torchrun` that pass through `experiment.runner` under their own names."""
 
-    rdzv_backend: str = "c10d"
+    rdzv_backend: str | None = None
+    """None: static over several hosts, so that ranks are where the hostfile puts them; c10d on one host, or where
+    `max_restarts` asks for it"""
     rdzv_endpoint: str | None = None
     rdzv_id: str | int | None = None
     rdzv_conf: str | None = None
@@ -149,11 +175,15 @@ class Runner(Torchrun):
     """ssh: the hosts of `hostfile`, this machine where there is none; local: this machine alone; cloud: this machine as
     `node_rank` of `nnodes`"""
     backend: Annotated[str, AfterValidator(_check_program)] = "torchrun"
+    bin_dir: str | None = None
+    """a folder put first on PATH: where the `vllm`, `python` or `llama-server` of a service's engine lies"""
     nnodes: int | str | None = None
     """number of hosts; of `min:max` the minimum counts"""
     nproc_per_node: int | None = Field(default=None, ge=1)
     hostfile: str | None = None
     ssh_port: int | None = Field(default=22, ge=1, le=65535)
+    ssh_client: Literal["paramiko", "openssh"] = "paramiko"
+    """openssh: the machine's own `ssh`, where its configuration, jump hosts or agents are needed"""
     accept_new_host_keys: bool = False
     """remember the keys of hosts that were never met; a key that changed is refused in any case"""
     master_addr: str | None = None
@@ -161,6 +191,7 @@ class Runner(Torchrun):
     log_dir: str | None = None
     per_node_task: bool = False
     no_shared_fs: bool = False
+    """each host has an experiment folder of its own: scripts go out to it, logs are fetched from it"""
     enable_monitoring: bool = False
     hang_detection_timeout: Seconds = Field(default=1800, gt=0)
     docker: str | None = None

@@ -28,8 +28,10 @@ from flagscale.runner.launch.folder import (
     make_run_id,
     ref_of,
 )
+from flagscale.runner.launch.patches import expect_patches
 from flagscale.runner.launch.procs import end_leftovers
 from flagscale.runner.launch.record import HostRecord, load_records
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.launch.startup import explain_interrupt, wait_until_up
 from flagscale.runner.plan.job import JobPlan, LaunchName
 
@@ -76,6 +78,7 @@ def submit_job(
     check_local(plan)
     secrets = gather_secrets(plan, env)
     check_programs(plan, env)
+    check_trees(plan, expect_patches(plan))
     check_outputs(plan)
     exp_dir = Path(plan.exp_dir)
     made = make_folder(exp_dir / "runs")
@@ -85,7 +88,7 @@ def submit_job(
             end_stale(exp_dir)
             port = choose_port(plan)
             run_id = make_run_id(datetime.now(UTC))
-            values: dict[LaunchName, str] = {"master_port": str(port), "run_id": run_id}
+            values: dict[LaunchName, str] = {"master_port": str(port), "next_port": str(port + 1), "run_id": run_id}
             job = describe_job(plan, run_id, values, config, command)
             write_all(list_files(plan, run_id, values, job, grace_s), list_folders(plan, run_id))
             run = ref_of(plan, run_id)
@@ -156,7 +159,7 @@ def hand_over(run: RunRef, label: str, secrets: Mapping[str, str], env: Mapping[
     Raises:
         LaunchError: it did not answer.
     """
-    argv = [sys.executable, "-I", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
+    argv = [sys.executable, "-I", "-S", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
     try:
         done = subprocess.run(
             argv,

@@ -15,7 +15,8 @@ from flagscale.runner.config.hostfile import Host
 
 PLAN_VERSION = 1
 
-LaunchName = Literal["master_port", "run_id"]
+LaunchName = Literal["master_port", "next_port", "num_threads", "run_id"]
+"""master_port: a free port of the head host; next_port: the one after it; num_threads: a replica's part of a CPU"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,18 @@ Word: TypeAlias = str | AtLaunch
 
 
 @dataclass(frozen=True, slots=True)
+class BackendTree:
+    """A folder that a process imports its backend from.
+
+    chip: whose patch set the folder must bear; None where any will do
+    """
+
+    path: str
+    backend: str
+    chip: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """One process group on one host: a program, or a torchrun with its ranks.
 
@@ -49,6 +62,7 @@ class ProcessSpec:
     env: exported in this order; names in `JobPlan.secrets` are not here, the agent puts them in at launch
     path_dirs: put before PYTHONPATH
     bin_dirs: put before PATH
+    tree: the backend's; it stands in path_dirs too
     """
 
     name: str
@@ -63,6 +77,7 @@ class ProcessSpec:
     env: tuple[tuple[str, Word], ...] = ()
     path_dirs: tuple[str, ...] = ()
     bin_dirs: tuple[str, ...] = ()
+    tree: BackendTree | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +92,10 @@ class HostPlan:
     """(absolute path, content), written before the processes start"""
     before_start: str | None = None
     after_stop: str | None = None
+    peer: str = ""
+    """the address of another host of the job; empty where this one is alone, or the planner does not know any"""
+    interface_vars: tuple[str, ...] = ()
+    """variables that get the interface which leads to `peer`, found on the host, where nothing else sets them"""
 
     @property
     def label(self) -> str:
@@ -111,6 +130,11 @@ class JobPlan:
     ssh_port: int | None = None
     accept_new_host_keys: bool = False
     """remember the key of a host that was never met; one that changed is refused in any case"""
+    ssh_client: Literal["paramiko", "openssh"] = "paramiko"
+    no_shared_fs: bool = False
+    """each host has an experiment folder of its own, on the same path"""
+    service: Mapping[str, Any] | None = None
+    """what the controller of a service is told (`plan/service.py`)"""
     version: int = PLAN_VERSION
 
     @property
@@ -152,7 +176,8 @@ def _process(row: dict[str, Any]) -> ProcessSpec:
     env = tuple((name, _word(value)) for name, value in row["env"])
     dirs = {name: tuple(row[name]) for name in ("path_dirs", "bin_dirs")}
     arguments = tuple((name, freeze(value)) for name, value in row["arguments"])
-    return ProcessSpec(**{**row, **dirs, "argv": words, "env": env, "arguments": arguments})
+    tree = BackendTree(**row["tree"]) if row.get("tree") else None
+    return ProcessSpec(**{**row, **dirs, "argv": words, "env": env, "arguments": arguments, "tree": tree})
 
 
 def _host(row: dict[str, Any]) -> HostPlan:
@@ -163,6 +188,7 @@ def _host(row: dict[str, Any]) -> HostPlan:
             "processes": tuple(_process(process) for process in row["processes"]),
             "make_dirs": tuple(row["make_dirs"]),
             "files": tuple((path, content) for path, content in row["files"]),
+            "interface_vars": tuple(row.get("interface_vars", ())),
         }
     )
 

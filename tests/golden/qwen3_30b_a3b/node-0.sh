@@ -7,6 +7,7 @@ mkdir -p -- /home/user/outputs/qwen3_30b_a3b/logs/details || exit 1
 mkdir -p -- /home/user/outputs/qwen3_30b_a3b/checkpoints || exit 1
 mkdir -p -- /home/user/outputs/qwen3_30b_a3b/tensorboard || exit 1
 mkdir -p -- /home/user/outputs/qwen3_30b_a3b/wandb || exit 1
+export PYTHONUNBUFFERED=1
 export FLAGSCALE_CHIP=NVIDIA
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7
@@ -16,7 +17,7 @@ exec torchrun \
   --nnodes 2 \
   --node-rank 0 \
   --nproc-per-node 8 \
-  --rdzv-backend c10d \
+  --rdzv-backend static \
   --rdzv-endpoint 'node-0:<master_port: chosen at launch>' \
   --log-dir '/home/user/outputs/qwen3_30b_a3b/logs/details/host_0_node-0/<run_id: chosen at launch>' \
   --redirects 3 \

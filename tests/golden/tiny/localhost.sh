@@ -13,6 +13,7 @@ status=$?; [ "$status" -eq 0 ] || {
   echo "before_start failed with exit code $status" >&2; exit "$status"
 }
 cd -- /flagscale || exit 1
+export PYTHONUNBUFFERED=1
 export FLAGSCALE_CHIP=Generic_CPU
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export OMP_WAIT_POLICY=PASSIVE
@@ -20,6 +21,7 @@ export OMP_NUM_THREADS=1
 export TORCHDYNAMO_DISABLE=1
 export PYTHONPATH=/flagscale/third_party/Megatron-LM/src:/flagscale${PYTHONPATH:+:$PYTHONPATH}
 exec torchrun \
+  --local-addr localhost \
   --rdzv-id '<run_id: chosen at launch>' \
   --nnodes 1 \
   --node-rank 0 \

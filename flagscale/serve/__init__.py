@@ -1,0 +1,1 @@
+"""Serving: from a model to an OpenAI-compatible service that stays up."""

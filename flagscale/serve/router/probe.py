@@ -1,0 +1,87 @@
+"""Is this server ready? Only an answer says so: one token of a real completion, with the key that requests will use.
+
+A port that accepts and a `/health` that says 200 are true long before a model is loaded, and stay true when the engine
+behind them is dead or wants another key.
+"""
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+
+import aiohttp
+from pydantic import SecretStr
+
+_BODIES: tuple[tuple[str, dict[str, object]], ...] = (
+    ("/v1/completions", {"prompt": "1", "max_tokens": 1, "temperature": 0}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "1"}], "max_tokens": 1, "temperature": 0}),
+    ("/v1/embeddings", {"input": "1"}),
+)
+"""what is asked, in turn, until the model answers one: an embedding model has no completions"""
+
+_OTHER_KIND = (400, 404, 405, 422, 501)
+_REASON_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """Whether a server answered for a model, after how many seconds, and if not, why."""
+
+    is_ok: bool
+    seconds: float
+    reason: str = ""
+    has_timed_out: bool = False
+
+
+async def probe_completion(
+    url: str, model: str, api_key: SecretStr | None = None, timeout_s: float = 30, connect_timeout_s: float = 5
+) -> ProbeResult:
+    """Ask the server at `url` (its root, without `/v1`) for one token of `model`. Never raises for what a server does.
+
+    It makes a connection of its own, so that one that was open before proves nothing.
+    """
+    started = time.monotonic()
+    headers = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
+    timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s)
+    reason, has_timed_out = "", False
+    try:
+        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+            reason = await _ask(session, url.rstrip("/"), model)
+    except aiohttp.ConnectionTimeoutError:
+        reason = f"no connection within {connect_timeout_s:g} s"
+    except TimeoutError:
+        reason, has_timed_out = f"no token within {timeout_s:g} s", True
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        reason = describe(error)
+    return ProbeResult(not reason, time.monotonic() - started, reason, has_timed_out)
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, model: str) -> str:
+    """Empty if the model answered, else the first refusal: later ones only say that it is no model of that kind."""
+    refusal = ""
+    for path, body in _BODIES:
+        async with session.post(url + path, json={"model": model, **body}, allow_redirects=False) as answer:
+            text = (await answer.content.read(64 * 1024)).decode("utf-8", "replace")
+            if answer.status == 200:
+                return ""
+            refusal = refusal or f"{answer.status} of {path}: {' '.join(text.split())[:_REASON_CHARS]}"
+            if answer.status not in _OTHER_KIND:
+                return refusal
+    return refusal
+
+
+def describe(error: BaseException) -> str:
+    """What happened to a connection, in a few words without addresses: the reader knows which replica is meant."""
+    match error:
+        case aiohttp.ClientConnectorDNSError():
+            return "its host name is unknown"
+        case aiohttp.ServerDisconnectedError() | ConnectionResetError():
+            return "it closed the connection"
+        case aiohttp.ClientPayloadError():
+            return "it broke off in the middle of an answer"
+        case aiohttp.ServerTimeoutError() | asyncio.TimeoutError():
+            return "no connection in time"
+        case OSError(errno=int(number)) if number > 0:
+            return os.strerror(number).lower()
+        case _:
+            return f"{type(error).__name__}: {error}"

@@ -1,0 +1,67 @@
+"""An engine server behind the router: how it is named and reached, and what is told of it."""
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from flagscale.errors import UserError
+from flagscale.serve.router.breaker import BreakerState
+
+Phase = Literal["starting", "ready", "failing", "draining"]
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One engine server that answers OpenAI's API for one model.
+
+    `url` is its root, without `/v1` (`http://h1:8000`); `api_key` is the replica's own, never the caller's; `weight` is
+    its capacity relative to the others'; `version` is free text that tells an update's replicas from the ones before.
+    Raises UserError where it cannot be right.
+    """
+
+    id: str
+    url: str
+    model: str
+    api_key: SecretStr | None = None
+    weight: float = 1.0
+    version: str = ""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise UserError(f"replica {self.id}: url {self.url!r}; expected http://host:port")
+        if not self.weight > 0:
+            raise UserError(f"replica {self.id}: weight {self.weight}; expected more than 0")
+
+    def url_of(self, path: str) -> str:
+        """The address of `path`, which starts with `/`."""
+        return self.url.rstrip("/") + path
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """A replica at one moment.
+
+    `phase` is `starting` until the first probe passed, `failing` while the breaker lets nothing through, `draining`
+    once it takes no new requests. `reason` is what failed last, empty once it answers again. `first_byte_s` is a moving
+    average over requests, None before the first.
+    """
+
+    id: str
+    url: str
+    model: str
+    version: str
+    weight: float
+    phase: Phase
+    breaker: BreakerState
+    reason: str
+    in_flight: int
+    requests: int
+    failures: int
+    first_byte_s: float | None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.phase == "ready"
