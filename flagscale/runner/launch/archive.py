@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 AGENT = tuple(f"runner/launch/{name}.py" for name in ("agent", "journal", "peers", "procs"))
+KEEPER = tuple(f"runner/launch/{name}.py" for name in ("keeper", "journal", "peers", "ports", "procs"))
 ERRANDS = (
     "errors.py",
     "runner/config/hostfile.py",
@@ -17,13 +18,14 @@ ERRANDS = (
     *(f"runner/launch/{name}.py" for name in ("checks", "errands", "ports", "procs")),
 )
 _ROOT = Path(__file__).resolve().parents[2]
-_MAIN = "import sys\n\nfrom flagscale.runner.launch.agent import main\n\nsys.exit(main(sys.argv))\n"
+_MAINS = {AGENT: "agent", KEEPER: "keeper"}
+_MAIN = "import sys\n\nfrom flagscale.runner.launch.{} import main\n\nsys.exit(main(sys.argv))\n"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def build_archive(files: tuple[str, ...] = AGENT) -> bytes:
     """Equal sources give equal bytes. `files` are paths below the package, whose own imports they must hold."""
-    members = {"__main__.py": _MAIN} if files == AGENT else {}
+    members = {"__main__.py": _MAIN.format(_MAINS[files])} if files in _MAINS else {}
     for file in files:
         folder = Path("flagscale", file).parent
         members |= {str(parent / "__init__.py"): "" for parent in (folder, *folder.parents) if parent.name}

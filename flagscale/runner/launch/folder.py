@@ -27,7 +27,7 @@ from flagscale.errors import LaunchError, RunError
 from flagscale.runner.launch.archive import build_archive
 from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder
 from flagscale.runner.launch.journal import Entry, Spec, load_spec
-from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec, decode_plan, encode_plan
+from flagscale.runner.plan.job import HostPlan, JobPlan, LauncherName, LaunchName, ProcessSpec, decode_plan, encode_plan
 from flagscale.runner.render.script import render_script
 
 RUN_VERSION = 1
@@ -56,7 +56,7 @@ class Remote:
 def list_remotes(plan: JobPlan) -> tuple[Remote, ...]:
     """The hosts of a plan that are other machines, each with this interpreter's path, which is expected there too."""
     named = None if plan.ssh_port == SSH_PORT else plan.ssh_port
-    hosts = (host for host in plan.hosts if not host.host.is_local)
+    hosts = (host for host in plan.hosts if not (host.host.is_local or host.host.is_placeholder))
     return tuple(
         Remote(host.label, host.host.name, host.host.user, host.host.port or named, sys.executable) for host in hosts
     )
@@ -73,6 +73,12 @@ class RunRef:
     exp_name: str
     labels: tuple[str, ...]
     remotes: tuple[Remote, ...] = ()
+    launcher: LauncherName = "direct"
+
+    @property
+    def has_notice(self) -> bool:
+        """Whether its agents look for a notice in the run's folder, so that it ends without a connection to them."""
+        return bool(self.remotes) or self.launcher != "direct"
 
     @property
     def folder(self) -> Path:
@@ -119,7 +125,8 @@ def index_dir() -> Path:
 
 def ref_of(plan: JobPlan, run_id: str) -> RunRef:
     labels = tuple(host.label for host in plan.hosts)
-    return RunRef(run_id, Path(plan.exp_dir), Path(plan.log_dir), plan.task, plan.exp_name, labels, list_remotes(plan))
+    folders = Path(plan.exp_dir), Path(plan.log_dir)
+    return RunRef(run_id, *folders, plan.task, plan.exp_name, labels, list_remotes(plan), plan.launcher)
 
 
 def script_path(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> Path:
@@ -139,7 +146,7 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
     neighbour = find_neighbour(plan, host)
     return Spec(
         run_id=run_id,
-        token=token,
+        token=f"{token}{host.node_rank:04x}",
         label=label,
         node_rank=host.node_rank,
         processes=tuple(entries),
@@ -154,8 +161,9 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         cwd=host.processes[0].cwd if host.processes else "/",
         after_stop=host.after_stop,
         grace_s=grace_s,
-        ending=str(folder / NOTICE) if neighbour else "",
+        ending=str(folder / NOTICE) if neighbour or plan.launcher != "direct" else "",
         neighbour=neighbour,
+        keeper=str(folder / f"{label}.keeper") if plan.launcher != "direct" else "",
     )
 
 
@@ -233,6 +241,7 @@ def describe_job(
         "exp_name": plan.exp_name,
         "labels": [host.label for host in plan.hosts],
         "remotes": [asdict(remote) for remote in list_remotes(plan)],
+        "launcher": plan.launcher,
         "cwd": str(Path.cwd()),
         "command": list(command),
         "values": dict(values),
@@ -328,7 +337,8 @@ def load_ref(exp_dir: Path, run_id: str) -> RunRef:
     try:
         folders = Path(job["exp_dir"]), Path(job["log_dir"])
         remotes = tuple(Remote(**row) for row in job.get("remotes", ()))
-        return RunRef(run_id, *folders, job["task"], job["exp_name"], tuple(job["labels"]), remotes)
+        labels, launcher = tuple(job["labels"]), job.get("launcher", "direct")
+        return RunRef(run_id, *folders, job["task"], job["exp_name"], labels, remotes, launcher)
     except (KeyError, TypeError) as error:
         raise RunError(f"run {run_id} is damaged: {run_folder(exp_dir, run_id)}/job.json: {error!r}") from None
 

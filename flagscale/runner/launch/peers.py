@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flagscale.runner.launch.journal import Spec
+from flagscale.runner.launch.procs import is_same_alive
 
 SILENCE_BEATS = 12
 """A neighbour whose heartbeat stands still for so many of them is gone: a minute at 5 s each."""
@@ -63,6 +64,24 @@ def load_notice(path: Path) -> Notice | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """The process that keeps a host's place with a scheduler. what: `Slurm job 12`, `Ray`"""
+
+    pid: int
+    start_time: int
+    what: str
+
+
+def load_keeper(spec: Spec) -> Keeper | None:
+    if not spec.keeper:
+        return None
+    try:
+        return Keeper(**json.loads(Path(spec.keeper).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def _modified(path: Path) -> int | None:
     try:
         return path.stat().st_mtime_ns
@@ -91,6 +110,8 @@ class Peers:
     def find_silence(self) -> str | None:
         """What to say if the neighbour's heartbeat stands still while our own can be written."""
         now = time.monotonic()
+        if loss := self._find_lost_place():
+            return loss
         if not self.spec.neighbour or now < self.next_look:
             return None
         self.next_look = now + self.spec.heartbeat_s
@@ -104,6 +125,13 @@ class Peers:
             if b'"event": "job_ended"' in (folder / f"{self.spec.neighbour}.events.jsonl").read_bytes():
                 return None
         return f"no heartbeat from {self.spec.neighbour} for {limit_s:g} s"
+
+    def _find_lost_place(self) -> str | None:
+        """What to say if a scheduler has taken back the place of this host: its keeper is dead."""
+        keeper = load_keeper(self.spec)
+        if keeper is None or is_same_alive(keeper.pid, keeper.start_time):
+            return None
+        return f"{keeper.what} has given up the place of {self.spec.label}: process {keeper.pid} was ended"
 
     def _measure_age(self, path: Path, now: float) -> float | None:
         """How long a file has not changed, by our own clock: those of two hosts need not agree."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from flagscale.chips import find_chip
 from flagscale.errors import UserError
-from flagscale.runner.config.experiment import DEFAULT_BACKENDS
+from flagscale.runner.config.experiment import DEFAULT_BACKENDS, Runner
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.config.load import Config
 from flagscale.runner.config.tasks import Train
-from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, ProcessSpec, Word
+from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, LauncherName, ProcessSpec, Word
 from flagscale.runner.plan.site import Site
 
 LOG_DIRS = {
@@ -139,8 +139,23 @@ def plan_job(config: Config, outputs: Outputs, hosts: tuple[HostPlan, ...], **fi
         start_timeout_s=experiment.runner.start_timeout_s,
         ssh_port=experiment.runner.ssh_port,
         accept_new_host_keys=experiment.runner.accept_new_host_keys,
+        launcher=launcher_of(experiment.runner),
+        launcher_options=launcher_options_of(experiment.runner),
         **fields,
     )
+
+
+def launcher_of(runner: Runner) -> LauncherName:
+    return runner.type if runner.type == "ray" or runner.type == "slurm" else "direct"
+
+
+def launcher_options_of(runner: Runner) -> tuple[tuple[str, str], ...]:
+    if runner.type == "slurm":
+        return runner.slurm.list_options()
+    if runner.type == "ray":
+        address = (("address", runner.ray_address),) if runner.ray_address else ()
+        return (*address, ("wait_s", f"{runner.ray_wait_s:g}"))
+    return ()
 
 
 def master_of(config: Config) -> str:
@@ -152,9 +167,16 @@ def address_of(host: str, port: int | str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_master_unknown(config: Config) -> bool:
+    """Whether only a scheduler will say which machine is the first."""
+    return config.hosts[0].is_placeholder and config.experiment.runner.master_addr is None
+
+
 def master_endpoint(config: Config, host: str) -> Word:
     """Where ranks meet: the configuration's port, or the one that is chosen at launch."""
     port = config.experiment.runner.master_port
+    if is_master_unknown(config) and host == master_of(config):
+        return AtLaunch("master_addr", "", f":{port}") if port else AtLaunch("master_endpoint")
     return address_of(host, port) if port else AtLaunch("master_port", address_of(host, ""))
 
 
@@ -165,11 +187,12 @@ def plan_ray(
     if len(config.hosts) == 1:
         return ()
     runner = config.experiment.runner
-    argv: tuple[str, ...] = ("ray", "start", "--block", "--disable-usage-stats")
+    argv: tuple[Word, ...] = ("ray", "start", "--block", "--disable-usage-stats")
     if node_rank == 0:
         argv += ("--head", "--port", str(runner.ray_port), "--dashboard-port", str(runner.ray_dashboard_port))
     else:
-        argv += ("--address", address_of(master_of(config), runner.ray_port))
+        found = AtLaunch("master_addr", "", f":{runner.ray_port}") if is_master_unknown(config) else None
+        argv += ("--address", found or address_of(master_of(config), runner.ray_port))
     chip = find_chip(host.chip) if host.chip else None
     if host.chip is None or (chip is not None and chip.device == "cuda"):
         argv += ("--num-gpus", str(host.slots))
