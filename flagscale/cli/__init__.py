@@ -7,6 +7,7 @@ import sys
 
 VERBS = {
     "train": ("run", "train a model of examples/, or of a YAML of your own"),
+    "serve": ("serve", "put a model up as a service that answers OpenAI's API, and look after it"),
     "run": ("run", "run the job of a configuration, whatever its task"),
     "dryrun": ("dryrun", "show what a configuration would run on each host, and run nothing"),
     "explain": ("explain", "say which file or override set a value"),

@@ -96,6 +96,14 @@ def act(
 
             print(render_dry_run(job.plan), end="")
             return 0
+        case "run" | "test" if job.plan.service is not None:
+            from flagscale.cli.service import start_service
+
+            is_test = (action or job.config.action) == "test"
+            foreground = job.plan.foreground
+            return start_service(
+                job.plan, job.config.values, command, foreground=foreground, is_test=is_test, record=record
+            )
         case "run":
             return start(job.plan, job.config.values, command, foreground=job.plan.foreground, record=record)
         case "test":

@@ -21,8 +21,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--foreground", action="store_true", help="stay attached and return the job's exit code")
     args = parser.parse_args(argv)
 
-    from flagscale.runner.launch.folder import load_job, load_plan, query_git
+    from flagscale.runner.launch.folder import load_job, load_plan
     from flagscale.runner.launch.launcher import start_job
+    from flagscale.runner.launch.provenance import query_git
     from flagscale.runner.monitor.follow import wait_job
     from flagscale.runner.monitor.runs import load_run
 

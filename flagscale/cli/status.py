@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from flagscale.runner.launch.folder import RunRef
     from flagscale.runner.monitor.state import RankState, RunState
 
 SUMMARY = "say how a run is doing, host by host and rank by rank"
@@ -65,11 +66,12 @@ def print_state(state: "RunState", all_ranks: bool) -> None:
         "run": run.run_id,
         "state": state.state + (f", exit code {state.exit_code}" if state.exit_code is not None else ""),
         "why": state.reason,
+        "stacks": state.stacks and state.stacks.removeprefix("Python stacks "),
         "started": f"{format_time(state.started)}, took {format_took(state)}" if state.started else None,
         "progress": format_iteration(state) if state.progress else None,
         "task": f"{run.task} ({run.exp_name})" if run.exp_name else run.task,
         "folder": str(run.exp_dir),
-        "output": ", ".join(str(run.output_path(label)) for label in run.labels[:4]),
+        "output": ", ".join(name_output(run, label) for label in run.labels[:4]),
     }
     for name, text in rows.items():
         if text:
@@ -82,6 +84,12 @@ def print_state(state: "RunState", all_ranks: bool) -> None:
     shown = list(state.ranks) if all_ranks or len(state.ranks) <= NUM_RANKS_SHOWN else find_notable(state.ranks)
     if shown:
         print_table(rank_table(shown))
+
+
+def name_output(run: "RunRef", label: str) -> str:
+    remote = run.find_remote(label)
+    away = "" if remote is None or remote.is_shared else f"{remote.name}:"
+    return f"{away}{run.output_path(label)}"
 
 
 def find_notable(ranks: "tuple[RankState, ...]") -> "list[RankState]":

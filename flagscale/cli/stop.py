@@ -18,6 +18,10 @@ def main(argv: list[str]) -> int:
     from flagscale.runner.monitor.stop import stop_run
 
     run = load_run(args.run)
+    if run.task == "serve":
+        from flagscale.cli.serve import stop as stop_service
+
+        return stop_service([str(run.exp_dir), *(["--force"] if args.force else [])])
     print(f"stopping {run.run_id} ({run.exp_dir})", file=sys.stderr, flush=True)
     stopped = stop_run(run, args.force)
     state = stopped.state.state

@@ -1,19 +1,18 @@
 """A backend's source tree: fetched at its pin, checked, kept beside the pin, and known to be untouched or not.
 
-The tree is a fetched archive of the package index and no submodule: a checkout stays small, a fetch needs neither git
-nor an account, and what is on disk can be compared, file by file, with what the pin promises. The price is a manifest
-of our own (`.flagscale-source.json`), which is what makes the second fetch free and an edit visible.
+The tree is a fetched archive of the package index and no submodule: a checkout stays small, a fetch needs no account,
+and what is on disk can be compared, file by file, with what the pin promises. A manifest of our own
+(`.flagscale-source.json`) makes the second fetch free and an edit visible, also where git ignores the file.
 
 Whatever moment a fetch is cut off at, the folder holds either the tree it held before, or the new one, or nothing.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import shutil
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,37 +20,15 @@ from typing import Any, Literal
 
 from flagscale.errors import SourceError
 from flagscale.patch.extension import Extension, build_extension
+from flagscale.patch.gittree import commit_upstream, find_git
 from flagscale.patch.index import Progress, download, ignore_progress
+from flagscale.patch.pins import Pin
+from flagscale.patch.unpack import DERIVED_SUFFIXES, unpack
 
 MANIFEST = ".flagscale-source.json"
 MANIFEST_VERSION = 1
-SUFFIXES_OF_PYTHON = (".pyc", ".so")
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """Which source a backend is, down to the byte.
-
-    sha256, size_bytes: of the archive
-    commit: upstream's, where it is known
-    unpack: the folders of the archive that are put on the path
-    """
-
-    name: str
-    repository: str
-    tag: str
-    project: str
-    version: str
-    archive: str
-    sha256: str
-    size_bytes: int
-    unpack: tuple[str, ...]
-    commit: str | None = None
-    extensions: tuple[Extension, ...] = ()
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+IGNORED = (MANIFEST, ".flagscale-patch/", "__pycache__/", *(f"*{suffix}" for suffix in DERIVED_SUFFIXES))
+"""What git is told not to look at in a tree: what we, an interpreter or a compiler put there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,32 +38,13 @@ class SourceStatus:
     state: absent; ready; unbuilt (a C++ module is missing for this Python); drifted (not what the pin promises)
     changed: what differs, each with how: `megatron/core/utils.py (edited)`
     other_pin: the files are those of a pin that the backend had before
+    commit: of the git tree; the same on every machine that fetched this pin
     """
 
     state: Literal["absent", "ready", "unbuilt", "drifted"]
     changed: tuple[str, ...] = ()
     other_pin: bool = False
-
-
-def load_pin(path: Path) -> Pin:
-    """Read a pin.yaml.
-
-    Raises:
-        SourceError: there is none, or it lacks or misnames a field.
-    """
-    import yaml
-
-    try:
-        row: dict[str, Any] = yaml.safe_load(path.read_text())
-        extensions = tuple(
-            Extension(**{**extension, "sources": tuple(extension["sources"])})
-            for extension in row.pop("extensions", ())
-        )
-        return Pin(**{**row, "unpack": tuple(row["unpack"]), "extensions": extensions})
-    except FileNotFoundError:
-        raise SourceError(f"{path}: no such pin") from None
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise SourceError(f"{path}: not a pin: {error}") from None
+    commit: str = ""
 
 
 def hash_file(path: Path) -> str:
@@ -94,10 +52,25 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _list_files(tree: Path) -> Iterator[Path]:
+    """Every file of the source: without git's folder, and what we, Python and the compiler leave."""
+    for folder, below, names in os.walk(tree):
+        below[:] = sorted(set(below) - {".git", "__pycache__"})
+        for name in sorted(names):
+            if name != MANIFEST and not name.endswith(DERIVED_SUFFIXES):
+                yield Path(folder, name)
+
+
+def _hash_link(path: Path) -> str:
+    return "link to " + os.readlink(path)  # noqa: PTH115  (a Path would drop a final slash)
+
+
 def _hash_tree(tree: Path) -> dict[str, str]:
-    """Path below `tree` -> SHA-256, without what Python and the compiler leave."""
-    files = sorted(path for path in tree.rglob("*") if path.is_file() and path.suffix not in SUFFIXES_OF_PYTHON)
-    return {path.relative_to(tree).as_posix(): hash_file(path) for path in files if path.name != MANIFEST}
+    """Path below `tree` -> SHA-256, or where a link points."""
+    return {
+        path.relative_to(tree).as_posix(): _hash_link(path) if path.is_symlink() else hash_file(path)
+        for path in _list_files(tree)
+    }
 
 
 def _load_manifest(dest_dir: Path) -> dict[str, Any] | None:
@@ -108,8 +81,8 @@ def _load_manifest(dest_dir: Path) -> dict[str, Any] | None:
     return manifest if manifest.get("version") == MANIFEST_VERSION else None
 
 
-def _write_manifest(dest_dir: Path, pin_digest: str, files: dict[str, str], built: dict[str, str]) -> None:
-    row = {"version": MANIFEST_VERSION, "pin": pin_digest, "files": files, "built": built}
+def _write_manifest(dest_dir: Path, pin: Pin, commit: str, files: dict[str, str], built: dict[str, str]) -> None:
+    row = {"version": MANIFEST_VERSION, "pin": pin.digest, "commit": commit, "files": files, "built": built}
     part = dest_dir / (MANIFEST + ".part")
     part.write_text(json.dumps(row, indent=1, sort_keys=True) + "\n")
     part.replace(dest_dir / MANIFEST)
@@ -132,10 +105,11 @@ def source_status(pin: Pin, dest_dir: Path) -> SourceStatus:
     changed = _differences(manifest["files"], _hash_tree(dest_dir))
     if manifest["pin"] != pin.digest:
         return SourceStatus("drifted", changed, other_pin=True)
+    commit: str = manifest["commit"]
     if changed:
-        return SourceStatus("drifted", changed)
+        return SourceStatus("drifted", changed, commit=commit)
     unbuilt = tuple(f"{ext.built_path} (not built)" for ext in pin.extensions if not _is_built(ext, dest_dir, manifest))
-    return SourceStatus("unbuilt", unbuilt) if unbuilt else SourceStatus("ready")
+    return SourceStatus("unbuilt" if unbuilt else "ready", unbuilt, commit=commit)
 
 
 def _is_built(extension: Extension, dest_dir: Path, manifest: dict[str, Any]) -> bool:
@@ -144,7 +118,7 @@ def _is_built(extension: Extension, dest_dir: Path, manifest: dict[str, Any]) ->
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the kernel lets go of it when the holder dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".fetch.lock").open("w") as lock:
@@ -170,25 +144,6 @@ def _bring_archive(pin: Pin, folder: Path, progress: Progress) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return archive
-
-
-def _unpack(pin: Pin, archive: Path, tree: Path, progress: Progress) -> None:
-    """Unpack the pin's folders into `tree`, without the archive's own top folder; tarfile's filter guards paths."""
-    members = []
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar.getmembers():
-                below = member.name.partition("/")[2]
-                if below.partition("/")[0] in pin.unpack and (member.isfile() or member.isdir()):
-                    members.append(member.replace(name=below, deep=False))
-            for done, member in enumerate(members, start=1):
-                tar.extract(member, tree, filter="data")
-                if done % 50 == 0 or done == len(members):
-                    progress("unpack", done, len(members))
-    except tarfile.TarError as error:
-        raise SourceError(f"{archive.name} cannot be unpacked: {error}") from None
-    if not members:
-        raise SourceError(f"{archive.name} holds none of {', '.join(pin.unpack)}")
 
 
 def _build(pin: Pin, tree: Path, progress: Progress) -> dict[str, str]:
@@ -221,15 +176,16 @@ def fetch_source(pin: Pin, dest_dir: Path, progress: Progress = ignore_progress,
 
     What is there and right is kept; a tree of an older pin is replaced if nobody touched it.
 
-    progress: called with (step, done, total), the step one of download, unpack, build
+    progress: called with (step, done, total), the step one of download, unpack, commit, build
     replace: discard a tree that someone has changed
 
     Raises:
         SourceError: the archive cannot be had or is not the pinned one, a module cannot be built, or someone has
             changed the tree.
     """
+    find_git()
     folder = dest_dir.parent
-    with _one_at_a_time(folder):
+    with one_at_a_time(folder):
         _remove_leftovers(folder)
         status = source_status(pin, dest_dir)
         if status.state == "ready":
@@ -237,15 +193,18 @@ def fetch_source(pin: Pin, dest_dir: Path, progress: Progress = ignore_progress,
         if status.state == "unbuilt":
             manifest = _load_manifest(dest_dir) or {}
             built = manifest["built"] | _build(pin, dest_dir, progress)
-            _write_manifest(dest_dir, pin.digest, manifest["files"], built)
+            _write_manifest(dest_dir, pin, status.commit, manifest["files"], built)
             return dest_dir
         if status.changed and not replace:
             _refuse_to_overwrite(status, dest_dir)
         archive = _bring_archive(pin, folder, progress)
         fresh = folder / ".new-src"
         fresh.mkdir()
-        _unpack(pin, archive, fresh, progress)
-        _write_manifest(fresh, pin.digest, _hash_tree(fresh), _build(pin, fresh, progress))
+        unpack(pin, archive, fresh, progress)
+        progress("commit", 0, 1)
+        commit = commit_upstream(fresh, f"{pin.project} {pin.version}", IGNORED)
+        progress("commit", 1, 1)
+        _write_manifest(fresh, pin, commit, _hash_tree(fresh), _build(pin, fresh, progress))
         if dest_dir.exists():
             dest_dir.rename(folder / ".old-src")
         fresh.rename(dest_dir)

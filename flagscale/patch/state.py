@@ -55,6 +55,7 @@ class Record:
     """What is written into a patched tree.
 
     pins: what the layers were made for: `vllm 0.9.1`
+    patches: SHA-256 of the layers' names and diffs
     touched: by name
     made_dirs: folders that the series made, outermost first
     listing: name -> size and mtime_ns of every other file
@@ -63,6 +64,7 @@ class Record:
 
     series: tuple[str, ...]
     pins: tuple[str, ...]
+    patches: str
     touched: dict[str, Touched]
     made_dirs: tuple[str, ...] = ()
     listing: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -92,6 +94,7 @@ def load_record(tree: Path) -> Record | None:
         return Record(
             series=tuple(row["series"]),
             pins=tuple(row["pins"]),
+            patches=row["patches"],
             touched={
                 name: Touched(*(Digest(**side) if side else None for side in (ends["base"], ends["result"])))
                 for name, ends in row["touched"].items()
@@ -116,7 +119,7 @@ def make_listing(tree: Path, touched: Iterable[str]) -> dict[str, tuple[int, int
 
 def find_edits(tree: Path, record: Record) -> tuple[str, ...]:
     """The touched files that are not as the series left them: `<path> (edited|missing|added)`."""
-    found = ((name, ends.result, read_digest(tree / name)) for name, ends in record.touched.items())
+    found = ((name, ends.result, read_digest(tree, name)) for name, ends in record.touched.items())
     return tuple(f"{name} ({_word(made, now)})" for name, made, now in sorted(found) if made != now)
 
 

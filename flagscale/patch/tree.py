@@ -5,6 +5,7 @@ owners and permissions other than "may be executed" are no part of a patch; cach
 no part of the source.
 """
 
+import errno
 import hashlib
 import os
 import stat
@@ -54,19 +55,22 @@ def git_mode(mode: int) -> int | None:
     return None
 
 
-def read_content(path: Path) -> Content | None:
-    """The file at `path`, or None where there is no file or symlink."""
+def read_content(tree: Path, name: str) -> Content | None:
+    """The file of a tree; None where there is no file or symlink of that name, or only beyond a symlink."""
+    path = tree / name
     try:
         mode = git_mode(path.lstat().st_mode)
-        if mode is None:
+        if mode is None or any((tree / above).is_symlink() for above in Path(name).parents[:-1]):
             return None
         return Content(mode, os.fsencode(path.readlink()) if mode == SYMLINK else path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return None
+        raise
 
 
-def read_digest(path: Path) -> Digest | None:
-    content = read_content(path)
+def read_digest(tree: Path, name: str) -> Digest | None:
+    content = read_content(tree, name)
     return content.digest if content else None
 
 

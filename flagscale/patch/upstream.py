@@ -11,10 +11,11 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from flagscale.patch.tree import SOURCE_MANIFEST, Content, read_content
+from flagscale.errors import UserError
+from flagscale.patch.tree import SOURCE_MANIFEST, Content, list_files, read_content
 
 Hash = Callable[[Content], str]
 
@@ -23,33 +24,38 @@ Hash = Callable[[Content], str]
 class Upstream:
     """The promised hash of every file of `tree`, and how such a hash is made.
 
+    modes: their git modes, where they are known
     commit: the git commit that holds the files, or None where there is no git
     """
 
     tree: Path
     hashes: dict[str, str]
     make_hash: Hash
+    modes: dict[str, int] = field(default_factory=dict)
     commit: str | None = None
 
     def names(self) -> set[str]:
         return set(self.hashes)
 
-    def is_same(self, name: str) -> bool:
-        """Whether the file is there and has upstream's bytes."""
-        content = read_content(self.tree / name)
-        return content is not None and self.hashes.get(name) == self.make_hash(content)
+    def matches(self, name: str, content: Content | None) -> bool:
+        """Whether a file of that name and content is upstream's."""
+        if content is None or self.hashes.get(name) != self.make_hash(content):
+            return False
+        return self.modes.get(name, content.mode) == content.mode
 
-    def read(self, name: str) -> bytes | None:
-        """Upstream's bytes of a file: from disk while they are there, else from git."""
-        if name not in self.hashes:
-            return None
-        content = read_content(self.tree / name)
-        if content is not None and self.hashes[name] == self.make_hash(content):
-            return content.data
-        if self.commit is None:
+    def is_same(self, name: str) -> bool:
+        """Whether the file is there and is upstream's."""
+        return self.matches(name, read_content(self.tree, name))
+
+    def read(self, name: str) -> Content | None:
+        """Upstream's file: from disk while it is there, else from git."""
+        content = read_content(self.tree, name)
+        if self.matches(name, content):
+            return content
+        if self.commit is None or name not in self.hashes:
             return None
         shown = run_git(self.tree, "cat-file", "blob", self.hashes[name])
-        return shown.stdout if shown.returncode == 0 else None
+        return Content(self.modes[name], shown.stdout) if shown.returncode == 0 else None
 
     def without_ignored(self, names: set[str]) -> set[str]:
         """Those of `names` that git does not ignore; all of them where there is no git."""
@@ -91,19 +97,35 @@ def find_commit(tree: Path) -> str | None:
     return found[-1] if found else None
 
 
-def _of_git(tree: Path) -> Upstream | None:
-    commit = find_commit(tree)
-    if commit is None:
-        return None
-    rows = run_git(tree, "ls-tree", "-r", "-z", commit).stdout.split(b"\0")
-    hashes = {}
+def of_commit(tree: Path, commit: str) -> Upstream:
+    """Upstream as a commit of the tree's own git has it.
+
+    Raises:
+        UserError: there is no such commit.
+    """
+    listed = run_git(tree, "ls-tree", "-r", "-z", commit)
+    if listed.returncode:
+        raise UserError(f"{commit}: no commit of {tree}: {listed.stderr.decode(errors='replace').strip()}")
+    rows = listed.stdout.split(b"\0")
+    hashes, modes = {}, {}
     for row in filter(None, rows):
         head, _, name = row.partition(b"\t")
-        _mode, kind, blob = head.decode().split()
-        if kind == "blob":
-            hashes[os.fsdecode(name)] = blob
-    hashes.pop(SOURCE_MANIFEST, None)
-    return Upstream(tree, hashes, _git_blob, commit)
+        mode, kind, blob = head.decode().split()
+        if kind == "blob" and name != SOURCE_MANIFEST.encode():
+            hashes[os.fsdecode(name)], modes[os.fsdecode(name)] = blob, int(mode, 8)
+    return Upstream(tree, hashes, _git_blob, modes, commit)
+
+
+def of_folder(folder: Path) -> Upstream:
+    """Upstream as an untouched copy of it has it."""
+    files = {name: content for name, _ in list_files(folder) if (content := read_content(folder, name))}
+    hashes = {name: _sha256(content) for name, content in files.items()}
+    return Upstream(folder, hashes, _sha256, {name: content.mode for name, content in files.items()})
+
+
+def _of_git(tree: Path) -> Upstream | None:
+    commit = find_commit(tree)
+    return of_commit(tree, commit) if commit else None
 
 
 def _of_manifest(tree: Path) -> Upstream | None:

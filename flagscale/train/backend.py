@@ -1,11 +1,10 @@
-"""Megatron made ready in this process: found, of the right version, hooked, and its arguments read.
+"""Megatron made ready in this process: found, of the right version, and its arguments read.
 
 Megatron answers a wrong argument with a usage text of a thousand lines or with a bare `assert`. Both are turned into
 one sentence here, because they are what a user typed and no fault of a program.
 """
 
 import contextlib
-import importlib
 import importlib.util
 import io
 import linecache
@@ -14,17 +13,18 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flagscale.chips import Chip, find_chip
 from flagscale.env import CHIP
 from flagscale.errors import SourceError, UserError, find_nearest
-from flagscale.hooks.hook import install_hooks
+from flagscale.hooks.hook import Hook, install_hooks
 
 DEFAULT_CHIP = "NVIDIA"
-HOOKS_OF_EVERY_CHIP = "megatron"
+SUPPORTED = ">=0.19.2,<0.20"
+"""The versions of Megatron whose `pretrain` and builders are called as `train_gpt.py` calls them."""
 NOISE = ("Transformer Engine and Apex are not installed", "absl.logging is not installed")
 """Beginnings of warnings that Megatron gives once for each rank and that ask nothing of the user."""
 
@@ -71,23 +71,24 @@ def _check_packages() -> None:
         )
 
 
-def start_megatron(hooks: str | None = None) -> str:
-    """Check what Megatron needs, install the hooks of this job's chip, and return Megatron's version.
-
-    hooks: the name of another hook set than the chip's
+def start_megatron(hooks: Iterable[Hook] = ()) -> str:
+    """Check what Megatron needs, install the hooks, and return Megatron's version.
 
     Raises:
-        SourceError: Megatron is not there.
-        UserError: a package is missing, or the chip is unknown.
-        HookError: this Megatron is not one that the hooks were written for.
+        SourceError: Megatron is not there, or is of another version than this toolkit drives.
+        UserError: a package is missing.
+        HookError: a hook did not take.
     """
     os.environ["NO_VCS_VERSION"] = "1"  # else Megatron runs git, and takes the commit of whatever repository it lies in
     for text in NOISE:
         warnings.filterwarnings("ignore", message=text)
-    name = hooks or chip_of_this_job().hooks or HOOKS_OF_EVERY_CHIP
     version = megatron_version()
     _check_packages()
-    install_hooks(importlib.import_module(f"flagscale.hooks.{name}").HOOKS, version)
+    from packaging.specifiers import SpecifierSet
+
+    if version not in SpecifierSet(SUPPORTED):
+        raise SourceError(f"Megatron-LM {version} is on the Python path; expected {SUPPORTED}")
+    install_hooks(hooks, version)
     return version
 
 

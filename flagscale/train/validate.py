@@ -20,9 +20,8 @@ from typing import Any
 
 from flagscale.env import source_dir
 from flagscale.errors import FlagScaleError, UserError
+from flagscale.hooks.megatron_elsewhere import HOOKS
 from flagscale.train.backend import check_transformer_config, parse_arguments, start_megatron, validate_arguments
-
-HOOK_SET = "megatron_elsewhere"
 
 
 def check_arguments(argv: Sequence[str], world_size: int) -> None:
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.append(str(source_dir("Megatron-LM")))  # a job's path has it; a user who only asks does not
     warnings.simplefilter("ignore")  # Megatron warns of every optional package that is not there
     try:
-        start_megatron(HOOK_SET)
+        start_megatron(HOOKS)
         if options.stdin:
             return 0 if _answer_lines() else UserError.exit_code
         check_arguments(words[at + 1 :], options.world_size)

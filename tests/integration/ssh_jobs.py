@@ -1,9 +1,12 @@
 """Jobs over test hosts: a folder they share, a configuration, and the command as a user types it."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from hosts import HostSet
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.monitor.runs import load_run
 
+PATIENCE_S = 90.0
 ENTRY = """
 import os, sys, time
 from pathlib import Path
@@ -69,7 +73,6 @@ class Bench:
                 "envs": {
                     "OMP_NUM_THREADS": "1",
                     "QUOTED": "a 'b' \"c\" $HOME `d` \\e",
-                    "GLOO_SOCKET_IFNAME": "eth0",
                 },
                 "node_specific": {"h2": {"OF_HOST": "two"}},
                 "secrets": ["TOKEN"],
@@ -124,3 +127,27 @@ class Bench:
             except OSError:
                 continue
         return found
+
+
+def wait_for(is_so: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"waited {patience_s} s in vain"
+        time.sleep(0.2)
+
+
+def pid_of(bench: Bench, rank: int) -> int:
+    """The process of a rank as this test sees it, from within no namespace of a host."""
+    token = bench.run.load_spec(bench.run.labels[0]).token
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "environ").read_bytes().split(b"\0")
+            if f"FLAGSCALE_RUN_TOKEN={token}".encode() in words and f"RANK={rank}".encode() in words:
+                return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def is_empty(folder: Path) -> bool:
+    return not folder.exists() or not [
+        path for path in folder.rglob("*") if path.is_file() and "hydra" not in str(path)
+    ]

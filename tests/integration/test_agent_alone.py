@@ -14,9 +14,8 @@ import pytest
 from local_jobs import wait_for
 
 from flagscale.runner.launch.archive import build_archive
-from flagscale.runner.launch.journal import Entry, Spec
+from flagscale.runner.launch.journal import Entry, Spec, load_events
 from flagscale.runner.launch.procs import end_leftovers, find_ours, is_same_alive, read_environ
-from flagscale.runner.launch.record import load_events
 
 Start = Callable[..., "Alone"]
 

@@ -1,6 +1,5 @@
 """Jobs over several test hosts by SSH: a real torchrun with a real all-reduce, watched, ended and broken."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hosts import MakeHosts, missing
-from ssh_jobs import Bench
+from ssh_jobs import PATIENCE_S, Bench, is_empty, pid_of, wait_for
 
 pytest_plugins = ("host_fixtures",)
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -20,7 +19,6 @@ pytest.importorskip("paramiko")
 pytest.importorskip("torch")
 
 MakeBench = Callable[..., Bench]
-PATIENCE_S = 90.0
 
 
 @pytest.fixture
@@ -33,32 +31,8 @@ def make_bench(make_hosts: MakeHosts, tmp_path: Path) -> MakeBench:
     return make
 
 
-def wait_for(is_so: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + patience_s
-    while not is_so():
-        assert time.monotonic() < deadline, f"waited {patience_s} s in vain"
-        time.sleep(0.2)
-
-
-def pid_of(bench: Bench, rank: int) -> int:
-    """The process of a rank as this test sees it, from within no namespace of a host."""
-    token = bench.run.load_spec(bench.run.labels[0]).token
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "environ").read_bytes().split(b"\0")
-            if f"FLAGSCALE_RUN_TOKEN={token}".encode() in words and f"RANK={rank}".encode() in words:
-                return int(folder.name)
-    raise AssertionError(f"no process of rank {rank}")
-
-
 def known_hosts(bench: Bench) -> Path:
     return bench.hosts.layout.control.home / ".ssh" / "known_hosts"
-
-
-def is_empty(folder: Path) -> bool:
-    return not folder.exists() or not [
-        path for path in folder.rglob("*") if path.is_file() and "hydra" not in str(path)
-    ]
 
 
 # --- a life ----------------------------------------------------------------------------------------------------------
@@ -96,8 +70,7 @@ def test_two_hosts_from_launch_to_the_second_stop(make_bench: MakeBench) -> None
     assert "stopped by" in state["reason"]
 
 
-def test_a_job_ends_well_whatever_the_order_of_the_hosts(make_bench: MakeBench) -> None:
-    """torchrun numbers the hosts by their names, so rank 0 is on the second line of this hostfile."""
+def test_a_job_ends_well_and_ranks_are_where_the_hostfile_puts_them(make_bench: MakeBench) -> None:
     bench = make_bench()
     bench.write(hostfile="h2 slots=1\nroot@h1:22 slots=1\n")
     with bench.popen("run", str(bench.base / "conf" / "config.yaml"), "--foreground") as launcher:
@@ -110,7 +83,7 @@ def test_a_job_ends_well_whatever_the_order_of_the_hosts(make_bench: MakeBench) 
     assert "rank 1 is done" in out
     state = bench.status()
     assert state["state"] == "succeeded"
-    assert {rank["host"] for rank in state["ranks"]} == {"host_0_h2", "host_1_h1"}
+    assert [rank["host"] for rank in state["ranks"]] == ["host_0_h2", "host_1_h1"]
     assert [(rank["rank"], rank["exit_code"]) for rank in state["ranks"]] == [(0, 0), (1, 0)]
 
 

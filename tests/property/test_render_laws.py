@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from dataclasses import replace
+from string import Template
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flagscale.runner.config.catalogue import Argument
-from flagscale.runner.plan.job import freeze
+from flagscale.runner.plan.job import ProcessSpec, freeze
+from flagscale.runner.render.argv import render_argv
 from flagscale.runner.render.options import render_option
 from flagscale.runner.render.verl import render_hydra_value, render_verl
 
@@ -153,3 +156,14 @@ def test_hydra_reads_back_a_whole_tree(tree: dict[str, Any]) -> None:
             node = node.setdefault(key, {})
         node[path[-1]] = override.value()
     assert same(read, {"root": tree})
+
+
+@quick
+@given(st.lists(st.sampled_from(["$", "$$", "local_rank", "{", "}", "a"])).map("".join) | text)
+def test_torchrun_gives_a_rank_the_words_that_were_meant(value: str) -> None:
+    """What torchrun does to each word of its ranks is Python's template substitution."""
+    process = ProcessSpec("torchrun", ("torchrun", "x.py"), "/", "pi0", (("a_key", value),), num_ranks=2)
+    words = render_argv(process)
+    plain = render_argv(replace(process, num_ranks=0))
+    assert tuple(Template(word).safe_substitute(local_rank="1") for word in words) == plain
+    assert value in plain[2:] or plain[2].endswith(f"={value}")

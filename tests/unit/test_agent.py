@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flagscale import env
-from flagscale.runner.launch import agent, archive, procs
+from flagscale.runner.launch import archive, procs, watch
 from flagscale.runner.launch.journal import Entry, Journal, Spec, find_failures, load_spec, write_small
 
 SPEC = Spec(
@@ -249,7 +249,7 @@ def test_an_archive_needs_only_the_standard_library_and_itself(files: tuple[str,
 
 
 def test_the_agent_uses_the_names_of_the_environment_module() -> None:
-    assert (procs.TOKEN, agent.RANK_DIR) == (env.RUN_TOKEN, env.RANK_DIR)
+    assert (procs.TOKEN, watch.RANK_DIR) == (env.RUN_TOKEN, env.RANK_DIR)
 
 
 def test_equal_sources_give_equal_archives_that_run_without_this_package(tmp_path: Path) -> None:
@@ -261,9 +261,20 @@ def test_equal_sources_give_equal_archives_that_run_without_this_package(tmp_pat
     assert "ImportError" not in done.stderr
 
 
+def test_an_archive_runs_from_its_bytecode_and_without_it_from_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "agent.pyz"
+    path.write_bytes(archive.build_archive())
+    source = f"import sys; sys.path.insert(0, {str(path)!r})\nfrom flagscale.runner.launch import agent"
+    source += "\nprint(agent.__file__)"
+    of_another_python = "import importlib._bootstrap_external as it\nit.MAGIC_NUMBER = b'none'\n"
+    for prelude, file in (("", "agent.pyc"), (of_another_python, "agent.py")):
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", prelude + source], capture_output=True, text=True)
+        assert done.stdout.strip().endswith(f"/runner/launch/{file}"), done.stderr
+
+
 @pytest.mark.parametrize("num_ranks", [0, 2])
 def test_a_process_is_settled_once_all_of_it_is_up(num_ranks: int) -> None:
-    top = agent.Top(Entry("main", "/s.sh", num_ranks), 1, 0.0)
+    top = watch.Top(Entry("main", "/s.sh", num_ranks), 1, 0.0)
     assert not top.is_settled
     top.is_up = True
     assert top.is_settled is (num_ranks == 0)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from flagscale.errors import FlagScaleError, LaunchError, RunError, UserError
 from flagscale.runner.config.hostfile import Host
-from flagscale.runner.launch import folder, ports
+from flagscale.runner.launch import folder, ports, provenance
 from flagscale.runner.launch.checks import check_programs, choose_port, gather_secrets
 from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder, remove_folders, write_all
 from flagscale.runner.launch.local import strip_secrets
@@ -173,7 +173,7 @@ def test_missing_runs(tmp_path: Path) -> None:
 
 
 def test_git_state_is_asked_and_bounded(tmp_path: Path) -> None:
-    assert folder.query_git(tmp_path) is None
+    assert provenance.query_git(tmp_path) is None
 
     def git(*args: str) -> None:
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path, check=True)
@@ -182,11 +182,11 @@ def test_git_state_is_asked_and_bounded(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("1")
     git("add", "f")
     git("commit", "-qm", "x")
-    state = folder.query_git(tmp_path)
+    state = provenance.query_git(tmp_path)
     assert state is not None
     assert (len(state["commit"]), state["is_dirty"]) == (40, False)
     (tmp_path / "f").write_text("2")
-    assert (folder.query_git(tmp_path) or {})["is_dirty"] is True
+    assert (provenance.query_git(tmp_path) or {})["is_dirty"] is True
 
 
 # --- secrets and ports -----------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from flagscale.runner.config.idle import OF_DEPLOY, OF_RUNNER
     ("key", "value"),
     [
         ("runner__docker", "some_container"),
-        ("runner__no_shared_fs", True),
         ("runner__enable_monitoring", True),
         ("runner__hang_detection_timeout", 60),
         ("runner__deploy", {"use_fs_serve": True}),
@@ -26,10 +25,9 @@ def test_a_setting_without_effect_is_told(key: str, value: Any) -> None:
     assert "has no effect in this release" in warning.message
 
 
-@pytest.mark.parametrize("key", ["no_shared_fs", "enable_monitoring"])
-def test_what_is_switched_off_or_left_out_is_not(key: str) -> None:
+def test_what_is_switched_off_or_left_out_is_not() -> None:
     assert load(train_tree()).warnings == ()
-    assert load(train_tree(**{f"experiment__runner__{key}": False})).warnings == ()
+    assert load(train_tree(experiment__runner__enable_monitoring=False)).warnings == ()
 
 
 def test_every_row_is_a_setting() -> None:

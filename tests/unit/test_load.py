@@ -404,26 +404,6 @@ def test_graph_faults_are_found() -> None:
     assert [text for text in faults_of(circle).values() if "goes round in a circle" in text]
 
 
-@pytest.mark.parametrize(
-    ("engines", "ports", "path"),
-    [
-        (("vllm", "vllm"), (None, None), "serve.1.engine_args.port"),
-        (("vllm", "sglang"), (None, 8000), "serve.1.engine_args.port"),
-        (("vllm", "vllm"), (None, 8001), None),
-        (("vllm", "sglang", "llama_cpp"), (None, None, None), None),
-    ],
-)
-def test_engines_side_by_side_need_a_port_each(engines: Any, ports: Any, path: str | None) -> None:
-    rows = [
-        serve_model(engine, serve_id=f"m{index}", engine_args={"model": "/m", "port": port})
-        for index, (engine, port) in enumerate(zip(engines, ports, strict=True))
-    ]
-    if path is None:
-        load(serve_tree(*rows))
-    else:
-        assert faults_of(serve_tree(*rows)) == {path: "is 8000, the port of `m0` too; expected a port for each model"}
-
-
 def test_wrong_keys_of_engines_are_told_by_key() -> None:
     found = faults_of(
         serve_tree(serve_model(engine_args_specific={"vlm": {}}), serve_model(engine="vlm", serve_id="b"))

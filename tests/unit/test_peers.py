@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from flagscale.runner.launch import peers
 from flagscale.runner.launch.journal import Spec
-from flagscale.runner.launch.peers import Notice, Peers, load_notice, write_notice
+from flagscale.runner.launch.notice import Notice, load_notice, write_notice
+from flagscale.runner.launch.peers import Peers
 
 
 def make_spec(folder: Path, label: str = "host_0_a", **fields: Any) -> Spec:

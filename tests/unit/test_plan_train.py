@@ -84,7 +84,30 @@ def test_per_node_task_makes_every_host_a_job_of_its_own(tmp_path: Path) -> None
     for host in job.hosts:
         (process,) = host.processes
         assert (option(process, "--nnodes"), option(process, "--node-rank"), process.first_rank) == ("1", "0", 0)
-        assert option(process, "--rdzv-endpoint") == AtLaunch("master_port", "localhost:")
+        assert option(process, "--rdzv-backend") == "c10d"
+        assert option(process, "--rdzv-endpoint") == "localhost:0"
+        assert (host.peer, host.interface_vars) == ("", ())
+
+
+def test_hosts_have_the_numbers_of_the_hostfile(tmp_path: Path) -> None:
+    """c10d would sort them by name, but is needed where ranks are to be restarted."""
+    listed = (Host("b", 2), Host("a", 2))
+    process = plan_on(tmp_path, listed).hosts[1].processes[0]
+    assert (option(process, "--rdzv-backend"), option(process, "--node-rank")) == ("static", "1")
+    assert option(process, "--rdzv-endpoint") == AtLaunch("master_port", "b:")
+    for key, value in (("max_restarts", 3), ("rdzv_backend", "c10d")):
+        process = plan_on(tmp_path, listed, **{f"experiment__runner__{key}": value}).hosts[1].processes[0]
+        assert option(process, "--rdzv-backend") == "c10d"
+
+
+def test_interface_variables_are_the_chips_less_what_the_user_sets(tmp_path: Path) -> None:
+    given = {"node1": {"NCCL_SOCKET_IFNAME": "ib0"}}
+    rows = plan_on(tmp_path, hosts(4, 2, "gpu"), experiment__node_specific=given).hosts
+    assert [host.peer for host in rows] == ["node1", "node0", "node0", "node0"]
+    both = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    assert [host.interface_vars for host in rows] == [both, both[:1], both, both]
+    (alone,) = plan(train_tree()).hosts
+    assert (alone.peer, alone.interface_vars) == ("", ())
 
 
 def test_a_cloud_node_knows_its_place() -> None:

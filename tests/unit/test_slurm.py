@@ -21,7 +21,7 @@ from flagscale.runner.config.slurm import Slurm
 from flagscale.runner.launch import slurm_queue
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.local import refuse_living
-from flagscale.runner.launch.peers import Notice, write_notice
+from flagscale.runner.launch.notice import Notice, write_notice
 from flagscale.runner.launch.slurm import check_accepted
 from flagscale.runner.launch.slurm_queue import Queue, find_queue
 from flagscale.runner.launch.slurm_script import render_sbatch

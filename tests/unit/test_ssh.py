@@ -19,7 +19,7 @@ from flagscale.runner.launch import errands, procs, reach
 from flagscale.runner.launch.archive import ERRANDS, build_archive
 from flagscale.runner.launch.folder import Remote, RunRef, find_neighbour, list_remotes, load_ref, ref_of
 from flagscale.runner.launch.record import Answer, HostRecord, order_by_cause
-from flagscale.runner.launch.ssh import check_hosts, describe_faults
+from flagscale.runner.launch.ssh import Ready, check_hosts, describe_faults
 from flagscale.runner.launch.startup import check_alive
 from flagscale.runner.monitor.state import query_run
 from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec, decode_plan, encode_plan
@@ -219,9 +219,12 @@ class FakeLinks:
 def test_the_port_is_the_head_host_s_and_faults_have_their_class(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, *TWO)
     (tmp_path / "exp").mkdir()
-    good = {"a": reach.Reply({"faults": [], "port": 4321}), "b": reach.Reply({"faults": [], "port": None})}
-    assert check_hosts(plan, FakeLinks(plan, **good), {}) == 4321  # type: ignore[arg-type]
-    user = reach.Reply({"faults": [["user", "no entry point"]], "port": None})
+    good = {
+        "a": reach.Reply({"faults": [], "port": 4321, "is_shared": True}),
+        "b": reach.Reply({"faults": [], "port": None, "is_shared": True}),
+    }
+    assert check_hosts(plan, FakeLinks(plan, **good), {}) == Ready(4321, frozenset())  # type: ignore[arg-type]
+    user = reach.Reply({"faults": [["user", "no entry point"]], "port": None, "is_shared": True})
     with pytest.raises(UserError, match="1 of 2 hosts cannot take part"):
         check_hosts(plan, FakeLinks(plan, **{**good, "b": user}), {})  # type: ignore[arg-type]
     silent = reach.Reply({}, "cannot be reached")

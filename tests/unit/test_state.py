@@ -16,7 +16,8 @@ from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import folder, procs
 from flagscale.runner.launch.files import write_all
 from flagscale.runner.launch.folder import RunRef, ref_of
-from flagscale.runner.launch.record import load_events, load_record, load_records
+from flagscale.runner.launch.journal import load_events
+from flagscale.runner.launch.record import load_record, load_records
 from flagscale.runner.launch.startup import check_alive, describe_start
 from flagscale.runner.monitor.state import encode_state, query_run
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec
@@ -116,7 +117,7 @@ def test_ranks_are_judged_one_by_one(tmp_path: Path) -> None:
     assert (state.exit_code, state.reason) == (1, "rank 1 ended with exit code 3")
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_journal_cut_anywhere_is_read_and_never_says_more_than_it_holds(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as base:

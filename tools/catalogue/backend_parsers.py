@@ -91,6 +91,13 @@ def dump_llama_cpp(source: Path | None) -> tuple[str, dict[str, Row]]:
     return (f"{found[1]} ({found[2]})" if found else "unknown"), parse_help(help_text)
 
 
+def dump_native(source: Path | None) -> tuple[str, dict[str, Row]]:
+    """`source`: the root of another checkout than the one that is importable."""
+    _put_on_path(source)
+    server = importlib.import_module("flagscale.inference.server.__main__")
+    return importlib.import_module("flagscale").__version__, dump_parser(server.make_parser())
+
+
 def _put_on_path(source: Path | None) -> None:
     if source is not None:
         sys.path.insert(0, str(source.resolve()))
@@ -194,5 +201,13 @@ RECIPES = {
         "llama-server --help, built from the source archive of llama-cpp-python 0.3.36",
         "the built llama-server",
         dump_llama_cpp,
+    ),
+    "native": Recipe(
+        "the native engine",
+        "0.1.0",
+        "the parser of python -m flagscale.inference.server",
+        "nothing: it is this package",
+        dump_native,
+        overrides={"model": {"type": "str"}, "api_key_file": {"type": "str"}},
     ),
 }

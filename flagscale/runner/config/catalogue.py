@@ -39,7 +39,7 @@ json     a mapping or list, passed on as JSON; a string must be JSON itself
 any      a plain value as it is, a mapping or list as JSON
 """
 
-BACKENDS = ("megatron", "vllm", "sglang", "llama_cpp")
+BACKENDS = ("megatron", "vllm", "sglang", "llama_cpp", "native")
 
 _CATALOGUE_DIR = Path(__file__).with_name("catalogues")
 _SIZE = re.compile(r"-?\d+|\d+[KMGT]|\d+(\.\d+)?[kmgt]")

@@ -17,7 +17,7 @@ from flagscale.runner.config.vocabulary import translate_engine_args
 BACKENDS: dict[TaskType, tuple[str, ...]] = {
     "train": ("megatron", "robotics", "pi0"),
     "inference": ("vllm",),
-    "serve": ("vllm", "sglang", "llama_cpp"),
+    "serve": ("vllm", "sglang", "llama_cpp", "native"),
     "compress": ("llmcompressor",),
     "rl": ("verl",),
 }
@@ -149,7 +149,6 @@ def _check_serve(checked: Checked, models: tuple[ServeModel, ...], policy: Polic
             checked.faults += _check_model_path(model, given, path)
         rows.append(given)
     checked.faults += _find_cycle(models)
-    checked.faults += _find_shared_ports(models, rows)
     checked.arguments = tuple(rows)
 
 
@@ -168,21 +167,6 @@ def _check_graph_node(model: ServeModel, path: str, names: list[str]) -> list[Fa
         for name in model.depends
         if name not in names
     ]
-
-
-def _find_shared_ports(models: tuple[ServeModel, ...], rows: list[tuple[GivenArgument, ...]]) -> Iterator[Fault]:
-    """Engines side by side on one host need a port each, whether given or an engine's default."""
-    owners: dict[str, str] = {}
-    for index, (model, given) in enumerate(zip(models, rows, strict=True)):
-        known = load_catalogue(model.engine).find("port") if model.engine else None
-        named = next((argument for argument in given if argument.name == "port"), None)
-        port = named.value if named else known.default if known else None
-        if port is None:
-            continue
-        if owner := owners.get(str(port)):
-            path = named.path if named else f"serve.{index}.engine_args.port"
-            yield Fault(path, f"is {port}, the port of `{owner}` too", expected="a port for each model")
-        owners[str(port)] = model.serve_id
 
 
 def _find_cycle(models: tuple[ServeModel, ...]) -> list[Fault]:

@@ -94,6 +94,13 @@ class Deploy(Section):
     """How a service is put up."""
 
     port: int | None = Field(default=None, ge=1, le=65535)
+    """where the service answers; default the model's own `port`, else 8000"""
+    host: str | None = None
+    """the address that it listens on; default the model's own `host`, else 127.0.0.1"""
+    api_key_env: VariableName | None = None
+    """the environment variable that holds the service's API key; needed for any address but the loopback's"""
+    router: dict[str, Any] = Field(default_factory=dict)
+    """settings of the router in front of the replicas"""
     use_fs_serve: bool = True
     enable_composition: bool = False
     name: str | None = None
@@ -120,7 +127,9 @@ class CliArgs(Section):
 class Torchrun(Section):
     """Options of `torchrun` that pass through `experiment.runner` under their own names."""
 
-    rdzv_backend: str = "c10d"
+    rdzv_backend: str | None = None
+    """None: static over several hosts, so that ranks are where the hostfile puts them; c10d on one host, or where
+    `max_restarts` asks for it"""
     rdzv_endpoint: str | None = None
     rdzv_id: str | int | None = None
     rdzv_conf: str | None = None
@@ -151,6 +160,8 @@ class Runner(Torchrun):
     `node_rank` of `nnodes`; ray: places of a Ray cluster, ours over `hostfile` or the one at `ray_address`; slurm:
     nodes that Slurm chooses"""
     backend: Annotated[str, AfterValidator(_check_program)] = "torchrun"
+    bin_dir: str | None = None
+    """a folder put first on PATH: where the `vllm`, `python` or `llama-server` of a service's engine lies"""
     nnodes: int | str | None = None
     """number of hosts; of `min:max` the minimum counts"""
     nproc_per_node: int | None = Field(default=None, ge=1)
@@ -163,6 +174,7 @@ class Runner(Torchrun):
     log_dir: str | None = None
     per_node_task: bool = False
     no_shared_fs: bool = False
+    """each host has an experiment folder of its own: scripts go out to it, logs are fetched from it"""
     enable_monitoring: bool = False
     hang_detection_timeout: Seconds = Field(default=1800, gt=0)
     docker: str | None = None

@@ -27,9 +27,8 @@ def choose_hosts(
     if runner.type == "cloud":
         return _choose_cloud(experiment, faults), faults, warnings
     count = _count_nodes(runner.nnodes, faults)
-    if runner.type == "ray" and experiment.task.type in ("serve", "rl") and (count > 1 or len(listed or ()) > 1):
-        text = f"is ray, but a task of type {experiment.task.type} starts a Ray cluster over its hosts by itself"
-        faults.append(Fault("experiment.runner.type", text, expected="ssh or slurm"))
+    if runner.type in ("ray", "slurm"):
+        _check_scheduled(experiment, faults)
     if runner.type == "slurm" or (runner.type == "ray" and listed is None and runner.ray_address):
         return _choose_placeholders(experiment, count, faults), faults, warnings
     if listed is None:
@@ -65,6 +64,20 @@ def _count_nodes(nnodes: int | str | None, faults: list[Fault]) -> int:
         return int(match[1])
     faults.append(Fault(NODES, f"is `{nnodes}`", expected="a whole number above 0, or `min:max`"))
     return 1
+
+
+def _check_scheduled(experiment: Experiment, faults: list[Fault]) -> None:
+    runner, kind = experiment.runner, experiment.task.type
+    path = "experiment.runner.type"
+    if kind == "serve":
+        text = f"is {runner.type}, but it is the service's own controller that starts its replicas"
+        faults.append(Fault(path, text, expected="ssh"))
+    elif kind == "rl" and runner.type == "ray":
+        text = "is ray, but a task of type rl starts a Ray cluster over its hosts by itself"
+        faults.append(Fault(path, text, expected="ssh or slurm"))
+    if runner.no_shared_fs:
+        text = f"is true, but with runner.type {runner.type} agents are told of the run through its folder"
+        faults.append(Fault("experiment.runner.no_shared_fs", text, expected="a folder that all hosts share"))
 
 
 def _choose_placeholders(experiment: Experiment, count: int, faults: list[Fault]) -> tuple[Host, ...]:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from flagscale.runner.config.section import Section
 
-EngineName = Literal["vllm", "sglang", "llama_cpp"]
+EngineName = Literal["vllm", "sglang", "llama_cpp", "native"]
 Arguments = dict[str, Any]
 
 
@@ -53,13 +53,17 @@ class Resources(Section):
     """What one model of a service is given."""
 
     num_replicas: int | None = Field(default=None, ge=1)
+    """how many there are from the start; default `min_replicas`, else 1"""
     num_gpus: float | None = Field(default=None, ge=0)
+    """chips of one replica; default what its parallel sizes multiply to"""
     num_cpus: float | None = Field(default=None, ge=0)
+    """threads of one replica on a CPU; default an equal part of the host's"""
     min_replicas: int | None = Field(default=None, ge=0)
     max_replicas: int | None = Field(default=None, ge=1)
-    downscale_delay_s: float | None = None
-    upscale_delay_s: float | None = None
-    target_ongoing_requests: float | None = None
+    downscale_delay_s: float | None = Field(default=None, ge=0)
+    upscale_delay_s: float | None = Field(default=None, ge=0)
+    target_ongoing_requests: float | None = Field(default=None, gt=0)
+    """requests in flight and waiting that one replica is meant to have"""
 
 
 class Profile(Section):

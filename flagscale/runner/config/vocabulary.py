@@ -34,6 +34,12 @@ LLAMA_CPP_NAMES = {
     "rope_theta": "rope_freq_base",
 }
 
+NATIVE_NAMES = {
+    "max_num_seqs": "max_running",
+    "max_num_batched_tokens": "max_tokens_per_step",
+    "block_size": "page_size",
+}
+
 LLAMA_CPP_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 QUIET_LEVELS = ("warning", "error", "critical", "trace")
 SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)([kKmMgG])")
@@ -78,6 +84,15 @@ def _llama_cpp(name: str, value: Any) -> list[tuple[str, Any]]:
     return [(LLAMA_CPP_NAMES.get(name, name), value)]
 
 
+def _native(name: str, value: Any) -> list[tuple[str, Any]]:
+    match name:
+        case "max_model_len":
+            return [(name, parse_size(value))]
+        case "enable_prefix_caching":
+            return [("no_prefix_caching", not value)]
+    return [(NATIVE_NAMES.get(name, name), value)]
+
+
 def find_gguf(model: Any) -> Any:
     """The first `*.gguf` file in the folder `model`; a file, or what is not on this machine, as it is."""
     if isinstance(model, str) and Path(model).is_dir():
@@ -91,6 +106,7 @@ TRANSLATIONS: dict[str, Translate] = {
     "vllm": lambda name, value: [(name, value)],
     "sglang": _sglang,
     "llama_cpp": _llama_cpp,
+    "native": _native,
 }
 
 

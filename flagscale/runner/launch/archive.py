@@ -1,37 +1,53 @@
 """The agent as one file that any Python 3.11 runs, wherever this package is not installed.
 
 A zip archive of the files that the agent is made of, under their package names: readable files here, one file to carry
-there, and a running job is untouched by a later change of the checkout. Every start compiles its few hundred lines
-anew, some 30 ms. The errands of a launcher (`errands.py`) are carried the same way.
+there, and a running job is untouched by a later change of the checkout. Each stands there as bytecode too, which the
+same Python reads and any other passes over: compiling would be half of what a start costs. The errands of a launcher
+(`errands.py`) are carried the same way.
 """
 
+import importlib.util
 import io
+import marshal
 import zipfile
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
-AGENT = tuple(f"runner/launch/{name}.py" for name in ("agent", "journal", "peers", "procs"))
-KEEPER = tuple(f"runner/launch/{name}.py" for name in ("keeper", "journal", "peers", "ports", "procs"))
+AGENT = tuple(
+    f"runner/launch/{name}.py"
+    for name in ("agent", "journal", "network", "notice", "peers", "place", "procs", "stacks", "watch", "wire")
+)
+KEEPER = tuple(f"runner/launch/{name}.py" for name in ("keeper", "journal", "network", "place", "ports", "procs"))
 ERRANDS = (
     "errors.py",
     "runner/config/hostfile.py",
     "runner/plan/job.py",
-    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "ports", "procs")),
+    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs")),
 )
 _ROOT = Path(__file__).resolve().parents[2]
 _MAINS = {AGENT: "agent", KEEPER: "keeper"}
 _MAIN = "import sys\n\nfrom flagscale.runner.launch.{} import main\n\nsys.exit(main(sys.argv))\n"
+_UNCHECKED = 0b01
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def build_archive(files: tuple[str, ...] = AGENT) -> bytes:
     """Equal sources give equal bytes. `files` are paths below the package, whose own imports they must hold."""
-    members = {"__main__.py": _MAIN.format(_MAINS[files])} if files in _MAINS else {}
+    members: dict[str, bytes] = {"__main__.py": _MAIN.format(_MAINS[files]).encode()} if files in _MAINS else {}
     for file in files:
         folder = Path("flagscale", file).parent
-        members |= {str(parent / "__init__.py"): "" for parent in (folder, *folder.parents) if parent.name}
-    members |= {f"flagscale/{file}": (_ROOT / file).read_text() for file in files}
+        members |= {str(parent / "__init__.py"): b"" for parent in (folder, *folder.parents) if parent.name}
+    for file in files:
+        members |= {f"flagscale/{file}": (_ROOT / file).read_bytes(), f"flagscale/{file}c": _compile(_ROOT / file)}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in members.items():
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), text, zipfile.ZIP_DEFLATED)
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
+
+
+def _compile(path: Path) -> bytes:
+    """What Python itself keeps of a module, as a file that is valid whatever the times of files (PEP 552)."""
+    loader = SourceFileLoader(path.stem, str(path))
+    header = importlib.util.MAGIC_NUMBER + _UNCHECKED.to_bytes(4, "little") + bytes(8)
+    return header + marshal.dumps(loader.get_code(path.stem))

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,10 +45,15 @@ def _search_path(process: ProcessSpec, env: Mapping[str, str]) -> str:
     return os.pathsep.join((*process.bin_dirs, env.get("PATH", os.defpath)))
 
 
+def find_program(process: ProcessSpec, env: Mapping[str, str]) -> str | None:
+    """The path of a process's program, by the PATH that it will have; None where there is none of that name."""
+    name = str(process.argv[0])
+    return str(Path(process.cwd, name)) if "/" in name else shutil.which(name, path=_search_path(process, env))
+
+
 def _find_program_fault(process: ProcessSpec, env: Mapping[str, str]) -> str | None:
     words = [str(word) for word in process.argv]
-    is_name = "/" not in words[0]
-    program = shutil.which(words[0], path=_search_path(process, env)) if is_name else str(Path(process.cwd, words[0]))
+    program = find_program(process, env)
     if program is None:
         return f"program `{words[0]}` is not on the PATH"
     if not os.access(program, os.X_OK):
@@ -119,5 +125,10 @@ def choose_port(plan: JobPlan) -> int:
             f"port {plan.master_port} (`experiment.runner.master_port`) is taken"
             + (f" by {owner}" if owner else "")
             + "; choose another, or leave it out and a free one is chosen"
+        )
+    if plan.no_shared_fs and not is_port_free(plan.master_port, socket.SOCK_DGRAM):
+        raise UserError(
+            f"port {plan.master_port} (`experiment.runner.master_port`) is taken for UDP, by which the agents of hosts "
+            "without a shared folder speak; choose another, or leave it out and a free one is chosen"
         )
     return plan.master_port

@@ -8,6 +8,7 @@ from typing import Any
 
 from flagscale.runner.launch.slurm_script import render_sbatch
 from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, ProcessSpec, encode_plan
+from flagscale.runner.plan.service import decode_service, list_first_jobs
 from flagscale.runner.render.argv import bind_word, render_argv
 from flagscale.runner.render.script import render_script
 
@@ -18,12 +19,16 @@ def describe_plan(plan: JobPlan) -> dict[str, Any]:
         {
             "host": host.host.name,
             "node_rank": host.node_rank,
+            "interface_vars": list(host.interface_vars),
             "processes": [_describe_process(plan, host, process) for process in host.processes],
             "files": [{"path": path, "content": content} for path, content in host.files],
         }
         for host in plan.hosts
     ]
-    return {"plan": encode_plan(plan), "hosts": hosts}
+    described = {"plan": encode_plan(plan), "hosts": hosts}
+    if plan.service is not None:
+        described["replicas"] = [describe_plan(job) for job in list_first_jobs(decode_service(plan.service))]
+    return described
 
 
 def _describe_process(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> dict[str, Any]:
@@ -52,6 +57,7 @@ def render_dry_run(plan: JobPlan) -> str:
             lines += ["", f"# ==== {host.label}: {process.name}", "# environment"]
             lines += [f"{name}={shlex.quote(bind_word(value, None))}" for name, value in process.env]
             lines += [f"{name}=<secret: taken from ${source} at launch>" for name, source in plan.secrets]
+            lines += [f"{name}=<the interface that leads to {host.peer}>" for name in host.interface_vars]
             lines += [
                 "# argv",
                 shlex.join(render_argv(process)),
@@ -60,4 +66,7 @@ def render_dry_run(plan: JobPlan) -> str:
             ]
         for path, content in host.files:
             lines += [f"# file {path}", content.rstrip("\n")]
+    if plan.service is not None:
+        for job in list_first_jobs(decode_service(plan.service)):
+            lines += ["", f"# ======== replica {job.exp_name}", render_dry_run(job).rstrip("\n")]
     return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from flagscale.runner.launch.folder import RunRef
-from flagscale.runner.launch.peers import Notice, write_notice
+from flagscale.runner.launch.notice import Notice, write_notice
 from flagscale.runner.launch.procs import Proc, send_signal
 from flagscale.runner.launch.record import HostRecord, load_records
 

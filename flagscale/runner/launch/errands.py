@@ -1,19 +1,31 @@
 """What a launcher asks of a host over SSH, answered there: standard library, sent along with each question.
 
 The launcher sends an archive of the few files that are needed and one line of JSON; Python on the host reads both from
-its standard input, keeps the archive in memory, and prints one line of JSON. Nothing is installed, nothing stays, and
-the host's answers come from the same code that checks this machine.
+its standard input, keeps the archive in memory, and prints one line of JSON. Nothing is installed, nothing stays but
+what `place` was given, and the host's answers come from the same code that checks this machine.
 
-    check    plan nonce_path nonce is_head   -> faults [[kind, text]..], port
-    ask      machine pids token              -> is_watched, num_left
-    end      machine pids signum             -> {}
-    clean    token grace_s                   -> num_left, how many processes without a watcher were ended
+    check    plan nonce_path nonce is_head known_run -> faults [[kind, text]..], port, is_shared
+    ask      machine pids token                      -> is_watched, num_left
+    end      machine pids signum notice              -> {}
+    clean    token grace_s                           -> num_left, how many processes without a watcher were ended
+
+and of a host that has an experiment folder of its own:
+
+    place    files [[path, text, mode]..] folders    -> fault, or files and folders that are new
+    unplace  files folders                           -> {}, those deleted again that still are as they were placed
+    report   events offset heartbeat output token    -> is_watched, num_left, new events, beat_age_s, tails
+    read     path start end                          -> data (Base64 of zlib), size, is_all
+    ranks    details local_rank                      -> paths of torchrun's files
 """
 
+import base64
 import json
 import os
 import socket
 import sys
+import time
+import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +33,13 @@ from typing import Any
 from flagscale.errors import FlagScaleError, UserError
 from flagscale.runner.launch import procs
 from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port
+from flagscale.runner.launch.files import NewFile, Written, write_all
+from flagscale.runner.launch.journal import find_rank_files, load_events, load_spec, read_tail
+from flagscale.runner.launch.notice import Notice, write_notice
 from flagscale.runner.plan.job import JobPlan, decode_plan
 
+TAIL_BYTES = 1 << 14
+CHUNK_BYTES = 1 << 22
 BOOT = (
     "import os,sys;i=sys.stdin.buffer;n=int(i.readline());f=os.memfd_create('flagscale');os.write(f,i.read(n));"
     "sys.path.insert(0,'/proc/self/fd/%d'%f);from flagscale.runner.launch.errands import main;main()"
@@ -30,21 +47,21 @@ BOOT = (
 """One line without what any login shell would change between single quotes."""
 
 
-def _check_shared(request: dict[str, Any], plan: JobPlan) -> str | None:
+def _find_unshared(request: dict[str, Any], plan: JobPlan) -> str | None:
+    """Why the launcher's experiment folder is not this host's."""
     path = Path(request["nonce_path"])
     try:
         found = path.read_text()
     except OSError as error:
-        return (
-            f"does not see the experiment folder {plan.exp_dir} as the launcher does ({error.strerror}); "
-            "expected a path on a file system that all hosts share"
-        )
-    if found != request["nonce"]:
-        return f"has another {path.parent} than the launcher; expected a file system that all hosts share"
-    for folder in (path.parent, _nearest_folder(Path(plan.log_dir))):
+        return f"does not see the experiment folder {plan.exp_dir} as the launcher does ({error.strerror})"
+    return None if found == request["nonce"] else f"has another {path.parent} than the launcher"
+
+
+def _find_unwritable(folders: tuple[Path, ...]) -> str | None:
+    for folder in dict.fromkeys(map(_nearest_folder, folders)):
         probe = folder / f".{socket.gethostname()}.{os.getpid()}.probe"
         try:
-            probe.write_text(request["nonce"])
+            probe.write_text("")
             probe.unlink()
         except OSError as error:
             return f"cannot write into {folder}: {error.strerror}"
@@ -55,24 +72,58 @@ def _nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def check(request: dict[str, Any]) -> dict[str, Any]:
-    """Everything wrong here with a plan of this one host, and the port where ranks meet if it is the head."""
-    plan = decode_plan(request["plan"])
-    faults: list[tuple[str, str]] = []
-    port: int | None = None
-    if unshared := _check_shared(request, plan):
-        faults.append(("user", unshared))
+def _find_living(plan: JobPlan, known_run: str | None) -> str | None:
+    """The run of another launching machine that lives in this host's own experiment folder."""
+    runs = Path(plan.exp_dir, "runs")
+    try:
+        run_id = (runs / "current").read_text().strip()
+    except OSError:
+        return None
+    for path in sorted((runs / run_id).glob("*.spec.json")) if run_id != known_run else ():
+        events = load_events(Path(load_spec(path).events))
+        pairs = _list_watchers(events)
+        if any(procs.is_same_alive(*pair) for pair in pairs) and events[-1]["event"] != "job_ended":
+            return f"its {plan.exp_dir} already holds a job that runs: {run_id}; stop it where it was started"
+    return None
+
+
+def _find_faults(request: dict[str, Any], plan: JobPlan, unshared: str | None) -> Iterator[tuple[str, str]]:
+    folders = (Path(plan.exp_dir), Path(plan.log_dir))
+    if unshared and not plan.no_shared_fs:
+        hint = "expected a path on a file system that all hosts share, or `experiment.runner.no_shared_fs: true`"
+        yield "user", f"{unshared}; {hint}"
+    elif unwritable := _find_unwritable(folders):
+        yield "user", unwritable
+    if unshared and plan.no_shared_fs and (living := _find_living(plan, request["known_run"])):
+        yield "launch", living
     for look in (partial(check_programs, plan, os.environ), partial(check_outputs, plan)):
         try:
             look()
         except FlagScaleError as error:
-            faults.append(("user" if isinstance(error, UserError) else "launch", str(error)))
+            yield ("user" if isinstance(error, UserError) else "launch"), str(error)
+
+
+def check(request: dict[str, Any]) -> dict[str, Any]:
+    """Everything wrong here with a plan of this one host, and the port where ranks meet if it is the head."""
+    plan = decode_plan(request["plan"])
+    unshared = _find_unshared(request, plan)
+    faults = list(_find_faults(request, plan, unshared))
+    port: int | None = None
     if request["is_head"]:
         try:
             port = choose_port(plan)
         except FlagScaleError as error:
             faults.append(("launch", str(error)))
-    return {"faults": faults, "port": port}
+    return {"faults": faults, "port": port, "is_shared": not unshared}
+
+
+def _list_watchers(events: tuple[dict[str, Any], ...]) -> list[tuple[int, int]]:
+    """Pid and start time of agent and guard, if they are of this start of this machine."""
+    started = next((event for event in events if event["event"] == "agent_started"), {})
+    if started.get("machine") != procs.name_machine():
+        return []
+    pairs = [(started["pid"], started["start_time"]), (started["guard"], started["guard_start_time"])]
+    return [(pid, start_time) for pid, start_time in pairs if pid and start_time]
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +134,9 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def end(request: dict[str, Any]) -> dict[str, Any]:
+    """The notice is written first: the agent says it for its reason."""
+    if row := request.get("notice"):
+        write_notice(Path(row["path"]), Notice("", row["reason"], row["is_forced"]))
     if request["machine"] == procs.name_machine():
         for pid, start_time in request["pids"]:
             procs.send_signal(procs.Proc(pid, 0, start_time, False), request["signum"])
@@ -93,7 +147,70 @@ def clean(request: dict[str, Any]) -> dict[str, Any]:
     return {"num_left": procs.end_leftovers(request["token"], request["grace_s"])}
 
 
-ERRANDS = {"check": check, "ask": ask, "end": end, "clean": clean}
+# --- a host with a folder of its own ---------------------------------------------------------------------------------
+
+
+def place(request: dict[str, Any]) -> dict[str, Any]:
+    """All files and folders, or none."""
+    files = [NewFile(Path(path), base64.b64decode(data), mode) for path, data, mode in request["files"]]
+    try:
+        written = write_all(files, list(map(Path, request["folders"])))
+    except FlagScaleError as error:
+        return {"fault": str(error), "is_user": isinstance(error, UserError)}
+    return {"files": list(map(str, written.files)), "folders": list(map(str, written.folders))}
+
+
+def unplace(request: dict[str, Any]) -> dict[str, Any]:
+    Written(tuple(map(Path, request["files"])), tuple(map(Path, request["folders"]))).undo()
+    return {}
+
+
+def report(request: dict[str, Any]) -> dict[str, Any]:
+    """How this host's part of a run does, with what its journal holds beyond `offset`."""
+    path, beat = Path(request["events"]), Path(request["heartbeat"])
+    events = load_events(path)
+    is_watched = any(procs.is_same_alive(*pair) for pair in _list_watchers(events))
+    if not is_watched:
+        events = load_events(path)  # watchers may have written their last words and left meanwhile
+    started, ended = (_find_last(events, kind) for kind in ("agent_started", "job_ended"))
+    tails = {request["output"]: read_tail(Path(request["output"]), started.get("output_start", 0), None, TAIL_BYTES)}
+    source = ended.get("source")
+    if source and source not in tails:
+        tails[source] = read_tail(Path(source), window=TAIL_BYTES)
+    try:
+        age = max(0.0, time.time() - beat.stat().st_mtime)
+        fresh = path.read_bytes()[request["offset"] :] if path.exists() else b""
+    except OSError:
+        age, fresh = None, b""
+    num_left = 0 if is_watched else len(procs.find_ours(request["token"]))
+    told = {"events": fresh.decode("latin-1"), "beat_age_s": age, "tails": tails}
+    return {"is_watched": is_watched, "num_left": num_left, **told}
+
+
+def _find_last(events: tuple[dict[str, Any], ...], kind: str) -> dict[str, Any]:
+    return next((event for event in reversed(events) if event["event"] == kind), {})
+
+
+def read(request: dict[str, Any]) -> dict[str, Any]:
+    """A part of a file, of at most 4 MiB; `is_all` once nothing is left up to `end`, or up to the file's end."""
+    start, stop = request["start"], request["end"]
+    try:
+        with Path(request["path"]).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            stop = size if stop is None else min(stop, size)
+            file.seek(start)
+            data = file.read(max(0, min(stop - start, CHUNK_BYTES)))
+    except OSError as error:
+        return {"fault": error.strerror, "data": "", "size": 0, "is_all": True}
+    coded = base64.b64encode(zlib.compress(data, 1)).decode()
+    return {"data": coded, "size": len(data), "is_all": start + len(data) >= stop}
+
+
+def ranks(request: dict[str, Any]) -> dict[str, Any]:
+    return {"paths": list(map(str, find_rank_files(Path(request["details"]), request["local_rank"])))}
+
+
+ERRANDS = {function.__name__: function for function in (check, ask, end, clean, place, unplace, report, read, ranks)}
 
 
 def main() -> None:

@@ -76,7 +76,21 @@ def _write_draft(file: NewFile, draft: Path) -> None:
         os.fsync(fd)
 
 
-def write_all(files: Sequence[NewFile], folders: Sequence[Path] = ()) -> None:
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a writing made that was not there before: all that undoing it takes away."""
+
+    files: tuple[Path, ...]
+    folders: tuple[Path, ...]
+
+    def undo(self) -> None:
+        for path in self.files:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        remove_folders(self.folders)
+
+
+def write_all(files: Sequence[NewFile], folders: Sequence[Path] = ()) -> Written:
     """Write every file and make every folder, or nothing.
 
     Raises:
@@ -86,12 +100,6 @@ def write_all(files: Sequence[NewFile], folders: Sequence[Path] = ()) -> None:
     made: list[Path] = []
     drafts: list[Path] = []
     new: list[Path] = []
-
-    def undo() -> None:
-        for path in (*drafts, *new):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        remove_folders(made)
 
     current = Path()
     try:
@@ -107,8 +115,9 @@ def write_all(files: Sequence[NewFile], folders: Sequence[Path] = ()) -> None:
                 new.append(file.path)
             draft.replace(file.path)
     except OSError as error:
-        undo()
+        Written((*drafts, *new), tuple(made)).undo()
         raise explain_os_error(current, error) from None
     except FlagScaleError:
-        undo()
+        Written((*drafts, *new), tuple(made)).undo()
         raise
+    return Written(tuple(new), tuple(made))

@@ -14,9 +14,8 @@ import json
 import os
 import re
 import secrets
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +26,7 @@ from flagscale.errors import LaunchError, RunError
 from flagscale.runner.launch.archive import build_archive
 from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder
 from flagscale.runner.launch.journal import Entry, Spec, load_spec
+from flagscale.runner.launch.provenance import query_environment, query_git
 from flagscale.runner.plan.job import HostPlan, JobPlan, LauncherName, LaunchName, ProcessSpec, decode_plan, encode_plan
 from flagscale.runner.render.script import render_script
 
@@ -34,20 +34,22 @@ RUN_VERSION = 1
 NOTICE = "ending.json"
 SSH_PORT = 22
 """What `runner.ssh_port` says by itself: not a choice, so the user's ssh configuration goes before it."""
-GIT_LIMIT_S = 2.0
-VERSIONS_OF = ("flagscale", "torch", "megatron-core", "vllm", "sglang", "ray", "hydra-core", "numpy")
 _RUN_ID = re.compile(r"\d{8}T\d{6}-[0-9a-f]{4}")
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """How a host of a run is reached. user, port: None leaves it to the user's ssh configuration."""
+    """How a host of a run is reached. user, port: None leaves it to the user's ssh configuration.
+
+    is_shared: the host sees the run's folder of the launching machine; if not, it has one of its own
+    """
 
     label: str
     name: str
     user: str | None
     port: int | None
     python: str
+    is_shared: bool = True
 
     def __str__(self) -> str:
         return f"{self.user}@{self.name}" if self.user else self.name
@@ -58,7 +60,15 @@ def list_remotes(plan: JobPlan) -> tuple[Remote, ...]:
     named = None if plan.ssh_port == SSH_PORT else plan.ssh_port
     hosts = (host for host in plan.hosts if not (host.host.is_local or host.host.is_placeholder))
     return tuple(
-        Remote(host.label, host.host.name, host.host.user, host.host.port or named, sys.executable) for host in hosts
+        Remote(
+            host.label,
+            host.host.name,
+            host.host.user,
+            host.host.port or named,
+            sys.executable,
+            is_shared=not plan.no_shared_fs,
+        )
+        for host in hosts
     )
 
 
@@ -94,7 +104,15 @@ class RunRef:
         return self.folder / NOTICE
 
     def output_path(self, label: str) -> Path:
+        """On the host itself, if it shares no folder with this machine."""
         return self.log_dir / f"{label}.output"
+
+    def find_remote(self, label: str) -> Remote | None:
+        return next((remote for remote in self.remotes if remote.label == label), None)
+
+    def mirror_dir(self, label: str) -> Path:
+        """Where the files of a host that shares no folder are kept once they were fetched, under their whole paths."""
+        return self.folder / "fetched" / label
 
     def spec_path(self, label: str) -> Path:
         return self.folder / f"{label}.spec.json"
@@ -123,10 +141,12 @@ def index_dir() -> Path:
     return env.state_dir() / "runs"
 
 
-def ref_of(plan: JobPlan, run_id: str) -> RunRef:
+def ref_of(plan: JobPlan, run_id: str, remotes: tuple[Remote, ...] | None = None) -> RunRef:
+    """remotes: where they are not just what the plan says"""
     labels = tuple(host.label for host in plan.hosts)
+    found = list_remotes(plan) if remotes is None else remotes
     folders = Path(plan.exp_dir), Path(plan.log_dir)
-    return RunRef(run_id, *folders, plan.task, plan.exp_name, labels, list_remotes(plan), plan.launcher)
+    return RunRef(run_id, *folders, plan.task, plan.exp_name, labels, found, plan.launcher)
 
 
 def script_path(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> Path:
@@ -137,13 +157,15 @@ def script_path(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> Path:
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: float) -> Spec:
+def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: float, port: int = 0) -> Spec:
+    """port: where the ranks meet, on the head host"""
     folder, log_dir, label = run_folder(Path(plan.exp_dir), run_id), Path(plan.log_dir), host.label
     entries = (
         Entry(item.name, str(script_path(plan, host, item)), item.num_ranks, item.first_rank, item.announces)
         for item in host.processes
     )
     neighbour = find_neighbour(plan, host)
+    is_wired = bool(neighbour) and plan.no_shared_fs
     return Spec(
         run_id=run_id,
         token=f"{token}{host.node_rank:04x}",
@@ -164,6 +186,11 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         ending=str(folder / NOTICE) if neighbour or plan.launcher != "direct" else "",
         neighbour=neighbour,
         keeper=str(folder / f"{label}.keeper") if plan.launcher != "direct" else "",
+        peer=host.peer,
+        interface_vars=host.interface_vars,
+        meet_host=plan.master_addr if is_wired else "",
+        meet_port=port if is_wired else 0,
+        leads=is_wired and host is plan.hosts[0],
     )
 
 
@@ -174,48 +201,6 @@ def find_neighbour(plan: JobPlan, host: HostPlan) -> str:
     if len(plan.hosts) == 1 or is_apart:
         return ""
     return plan.hosts[(plan.hosts.index(host) + 1) % len(plan.hosts)].label
-
-
-def _run_git(cwd: Path, *args: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *args],
-            cwd=cwd,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            capture_output=True,
-            text=True,
-            timeout=GIT_LIMIT_S,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def query_git(cwd: Path) -> dict[str, Any] | None:
-    """Commit and whether tracked files differ from it; None outside a checkout, or where git takes too long."""
-    commit = _run_git(cwd, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    changes = _run_git(cwd, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "is_dirty": None if changes is None else bool(changes)}
-
-
-def query_environment() -> dict[str, Any]:
-    """What else a later reader needs to know of the machine and the software."""
-    import importlib.metadata
-    import platform
-
-    versions: dict[str, str] = {}
-    for name in VERSIONS_OF:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "hostname": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "num_cpus": os.cpu_count(),
-        "versions": versions,
-    }
 
 
 def _as_plain(value: object) -> object:
@@ -253,9 +238,17 @@ def describe_job(
 
 
 def list_files(
-    plan: JobPlan, run_id: str, values: Mapping[LaunchName, str], job: Mapping[str, Any], grace_s: float
+    plan: JobPlan,
+    run_id: str,
+    values: Mapping[LaunchName, str],
+    job: Mapping[str, Any],
+    grace_s: float,
+    away: Collection[str] = (),
 ) -> list[NewFile]:
-    """Every file that a launch writes, the run list's entry included."""
+    """Every file that a launch writes on this machine, the run list's entry included.
+
+    away: labels of hosts with a folder of their own, which `list_away_files` go to
+    """
     exp_dir, token = Path(plan.exp_dir), secrets.token_hex(16)
     folder = run_folder(exp_dir, run_id)
     pointer = {"run_id": run_id, "exp_dir": plan.exp_dir, "created": job["created"]}
@@ -265,14 +258,29 @@ def list_files(
         NewFile(exp_dir / "runs" / "current", f"{run_id}\n".encode()),
         NewFile(index_dir() / f"{run_id}.json", _as_json(pointer), 0o600),
     ]
+    port = values["master_port"]  # where a scheduler chooses the machines it is not known yet
     for host in plan.hosts:
-        spec = make_spec(plan, host, run_id, token, grace_s)
+        spec = make_spec(plan, host, run_id, token, grace_s, int(port) if port.isdecimal() else 0)
         files.append(NewFile(folder / f"{host.label}.spec.json", _as_json(asdict(spec)), 0o600))
-        files += [NewFile(Path(path), content.encode()) for path, content in host.files]
-        for process in host.processes:
-            script = render_script(plan, host, process, values).encode()
-            files.append(NewFile(script_path(plan, host, process), script, 0o700))
+        if host.label not in away:
+            files += _list_host_files(plan, host, values)
     return files
+
+
+def _list_host_files(plan: JobPlan, host: HostPlan, values: Mapping[LaunchName, str]) -> list[NewFile]:
+    files = [NewFile(Path(path), content.encode()) for path, content in host.files]
+    for process in host.processes:
+        script = render_script(plan, host, process, values).encode()
+        files.append(NewFile(script_path(plan, host, process), script, 0o700))
+    return files
+
+
+def list_away_files(
+    plan: JobPlan, host: HostPlan, values: Mapping[LaunchName, str], written: Sequence[NewFile]
+) -> list[NewFile]:
+    """What a host with a folder of its own is sent, of `written` here what it needs too."""
+    names = ("agent.pyz", "current", f"{host.label}.spec.json")
+    return [*(file for file in written if file.path.name in names), *_list_host_files(plan, host, values)]
 
 
 def list_folders(plan: JobPlan, run_id: str) -> list[Path]:

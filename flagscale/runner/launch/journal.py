@@ -10,6 +10,7 @@ most the last line.
     rank_exited       rank local_rank exit_code signal pid first at
     process_exited    name exit_code signal
     stopping          outcome by
+    stacks_saved      ranks folder
     after_stop_started
     after_stop        exit_code signal
     job_ended         outcome exit_code first_rank source reason output_end
@@ -70,11 +71,20 @@ class Spec:
     """the label of the host whose heartbeat this agent watches"""
     keeper: str = ""
     """where the process that keeps this host's place with a scheduler has written who it is (`keeper.py`)"""
+    peer: str = ""
+    interface_vars: tuple[str, ...] = ()
+    """as of `HostPlan`"""
+    meet_host: str = ""
+    meet_port: int = 0
+    """where the agents of hosts without a shared folder speak to each other (`wire.py`); 0 where they do not"""
+    leads: bool = False
+    """this agent is the one that listens there"""
 
 
 def load_spec(path: Path) -> Spec:
     row = json.loads(path.read_text())
-    return Spec(**{**row, "processes": tuple(Entry(**entry) for entry in row["processes"])})
+    processes = tuple(Entry(**entry) for entry in row["processes"])
+    return Spec(**{**row, "processes": processes, "interface_vars": tuple(row["interface_vars"])})
 
 
 class Journal:
@@ -120,6 +130,23 @@ class Journal:
         self.reserve.unlink(missing_ok=True)
 
 
+def load_events(path: Path) -> tuple[dict[str, Any], ...]:
+    """All whole events; the last line of a writer that was killed may be half a line."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return ()
+    events: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return tuple(events)
+
+
 def write_small(path: str, text: str) -> None:
     """Replace a small file whole; a full disk leaves the older one."""
     draft = f"{path}.new"
@@ -152,6 +179,18 @@ def find_rank_log(details: Path, local_rank: int) -> str | None:
     return None
 
 
+def find_rank_files(details: Path, local_rank: int) -> list[Path]:
+    """torchrun's stdout.log and stderr.log of a rank, those of its last attempt; details: of one run."""
+
+    def order(path: Path) -> tuple[float, int]:
+        attempt = _ATTEMPT.search(str(path))
+        return path.parent.parent.stat().st_mtime, int(attempt[1]) if attempt else 0
+
+    found = (details.glob(f"**/attempt_*/{local_rank}/{stream}.log") for stream in ("stdout", "stderr"))
+    return [last for paths in found if (last := max(paths, key=order, default=None))]
+
+
+_ATTEMPT = re.compile(r"attempt_(\d+)")
 _ROW = re.compile(
     r"^  time +: (?P<time>\S+)\n  host +: (?P<host>\S+)\n  rank +: (?P<rank>\d+) \(local_rank: (?P<local_rank>\d+)\)\n"
     r"  exitcode +: (?P<code>-?\d+) \(pid: (?P<pid>\d+)\)",

@@ -86,7 +86,7 @@ def submit_job(
             end_stale(exp_dir)
             port = choose_port(plan)
             run_id = make_run_id(datetime.now(UTC))
-            values: dict[LaunchName, str] = {"master_port": str(port), "run_id": run_id}
+            values: dict[LaunchName, str] = {"master_port": str(port), "next_port": str(port + 1), "run_id": run_id}
             job = describe_job(plan, run_id, values, config, command)
             write_all(list_files(plan, run_id, values, job, grace_s), list_folders(plan, run_id))
             run = ref_of(plan, run_id)

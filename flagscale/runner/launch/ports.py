@@ -11,12 +11,13 @@ NUM_TRIES = 200
 _LISTEN = "0A"
 
 
-def is_port_free(port: int) -> bool:
-    """Whether a server could listen on it, on every address of this machine."""
+def is_port_free(port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> bool:
+    """Whether a server could listen on it, on every address of this machine; by TCP unless another `kind` is given."""
     for family, address in ((socket.AF_INET, ""), (socket.AF_INET6, "::")):
         try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with socket.socket(family, kind) as probe:
+                if kind == socket.SOCK_STREAM:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind((address, port))
@@ -28,10 +29,10 @@ def is_port_free(port: int) -> bool:
 
 
 def find_free_port(draw: random.Random | None = None) -> int | None:
-    """A port that was free a moment ago; None where 200 draws found none."""
+    """A port that was free a moment ago, by TCP and by UDP; None where 200 draws found none."""
     source = draw or random.SystemRandom()
     ports = (source.choice(CHOICE) for _ in range(NUM_TRIES))
-    return next((port for port in ports if is_port_free(port)), None)
+    return next((port for port in ports if is_port_free(port) and is_port_free(port, socket.SOCK_DGRAM)), None)
 
 
 def _listening_inodes(port: int) -> set[str]:

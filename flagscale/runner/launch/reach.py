@@ -6,17 +6,20 @@ on from is raised, by the caller, for all hosts together.
 
 import json
 import shlex
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flagscale.runner.launch.archive import ERRANDS, build_archive
 from flagscale.runner.launch.errands import BOOT
 from flagscale.runner.launch.folder import Remote, RunRef
+from flagscale.runner.launch.mirror import fetch_reports, find_away
+from flagscale.runner.launch.notice import Notice, load_notice
 from flagscale.runner.launch.procs import end_leftovers
 from flagscale.runner.launch.record import Answer, HostRecord, load_records
 
@@ -29,6 +32,9 @@ ASK_EVERY_S = 10.0
 CUT_OFF_AFTER_S = 30.0
 """A launcher that stays ends its job once a host has not been reached for so long."""
 MOST_THREADS = 64
+ASK_AWAY_EVERY_S = 2.0
+"""Of hosts whose journals have to be fetched."""
+Result = TypeVar("Result")
 _MISSING = (126, 127)
 """exit codes of a shell that cannot run a program"""
 
@@ -71,13 +77,14 @@ class Links:
             text = f"{len(self.archive)}\n".encode() + self.archive + request + b"\n"
             return self._run(label, [self.remotes[label].python, "-I", "-c", BOOT], text, limit_s)
 
-        return self._each(requests, run)
+        return self.each(requests, run)
 
     def run_all(self, commands: Mapping[str, tuple[list[str], bytes]], limit_s: float) -> dict[str, Reply]:
         """Run a command that answers with a line of JSON on each host, all at once."""
-        return self._each(commands, lambda label: self._run(label, *commands[label], limit_s))
+        return self.each(commands, lambda label: self._run(label, *commands[label], limit_s))
 
-    def _each(self, labels: Iterable[str], run: Callable[[str], Reply]) -> dict[str, Reply]:
+    def each(self, labels: Iterable[str], run: Callable[[str], Result]) -> dict[str, Result]:
+        """What `run` returns for each host, all at once."""
         names = list(labels)
         if not names:
             return {}
@@ -115,24 +122,29 @@ def watchers_of(record: HostRecord) -> dict[str, Any]:
 
 
 def find_askable(run: RunRef, records: Iterable[HostRecord]) -> list[HostRecord]:
-    """The hosts of which only themselves know whether they work: other machines whose job has begun and not ended."""
+    """The hosts of which only themselves know whether they work: other machines whose job has not ended.
+
+    Of one that shares its folder it is known whether its job has begun.
+    """
     remote = {remote.label for remote in run.remotes}
-    return [
-        record
-        for record in records
-        if record.label in remote and not record.is_here and not record.has_ended and record.find("agent_started")
-    ]
+    waiting = (record for record in records if record.label in remote and not (record.is_here or record.has_ended))
+    return [record for record in waiting if record.mirror is not None or record.find("agent_started")]
 
 
 def ask_hosts(run: RunRef, links: Links | None = None) -> dict[str, Answer]:
-    """Ask over SSH after the agents of all hosts of which it matters; no connection is made where none is."""
+    """Ask over SSH after the agents of all hosts of which it matters; no connection is made where none is.
+
+    What hosts with a folder of their own have written is fetched.
+    """
     waiting = find_askable(run, load_records(run))
     if not waiting:
         return {}
     if links is None:
         with Links(run.remotes) as links:
             return ask_hosts(run, links)
-    replies = links.call("ask", {record.label: watchers_of(record) for record in waiting})
+    away = find_away(waiting)
+    replies = links.call("ask", {record.label: watchers_of(record) for record in waiting if record not in away})
+    replies |= fetch_reports(away, links) if away else {}
     return {
         label: Answer(unreachable=reply.fault)
         if reply.fault
@@ -162,41 +174,97 @@ def clean_hosts(run: RunRef, links: Links, grace_s: float) -> int:
 def signal_hosts(run: RunRef, links: Links, signum: int, labels: Iterable[str] | None = None) -> None:
     """Ask the agents on other machines to end; a host that does not answer learns it from the run's folder.
 
+    A host with a folder of its own is told the reason too.
+
     labels: only these hosts
     """
     wanted = set(run.labels if labels is None else labels)
     records = [record for record in find_askable(run, load_records(run)) if record.label in wanted]
-    links.call("end", {record.label: {**watchers_of(record), "signum": signum} for record in records})
+    notice = load_notice(run.notice_path)
+    said = {"path": str(run.notice_path), **asdict(notice)} if notice else None
+    links.call(
+        "end",
+        {
+            record.label: {**watchers_of(record), "signum": signum, "notice": said if record.mirror else None}
+            for record in records
+        },
+    )
+
+
+def pass_notice(run: RunRef, links: Links | None = None) -> None:
+    """Carry what ends a run, if anything does, to the hosts that share no folder."""
+    notice = load_notice(run.notice_path)
+    labels = [remote.label for remote in run.remotes if not remote.is_shared]
+    if notice is None or not labels:
+        return
+    if links is None:
+        with Links(run.remotes) as links:
+            pass_notice(run, links)
+        return
+    signal_hosts(run, links, signal.SIGUSR1 if notice.is_forced else signal.SIGTERM, labels)
+
+
+Fetch = Callable[[Sequence[HostRecord], Links], dict[str, str]]
 
 
 class Look:
     """Looks at a run again and again: its folder every time, its other machines over SSH in the background.
 
     Answers are some seconds old; the folder's events and heartbeats are not, so nothing here waits for a host that is
-    silent. Connections stay open between looks; they end with the process, or with the owner of `links`.
+    silent. Of hosts with a folder of their own the first look waits for what they have written, and what ends the run
+    here is carried to them. Connections stay open between looks; they end with the process, or with the owner of
+    `links`.
+
+    also: what else to fetch of hosts with a folder of their own that answer; returns label -> why it could not be
     """
 
-    def __init__(self, run: RunRef, links: Links | None = None) -> None:
+    def __init__(self, run: RunRef, links: Links | None = None, also: Fetch | None = None) -> None:
         self.run = run
         self.links = links or Links(run.remotes)
+        self.also = also
+        self.has_away = any(not remote.is_shared for remote in run.remotes)
         self.answers: dict[str, Answer] = {}
         self.silent_since: dict[str, float] = {}
+        self.unread: dict[str, str] = {}
+        self.passed: Notice | None = None
         self.next_ask = 0.0
         self.asking: threading.Thread | None = None
 
     def load_records(self) -> tuple[HostRecord, ...]:
         is_idle = self.asking is None or not self.asking.is_alive()
-        if self.run.remotes and is_idle and time.monotonic() >= self.next_ask:
-            self.next_ask = time.monotonic() + ASK_EVERY_S
-            self.asking = threading.Thread(target=self._ask, daemon=True)
-            self.asking.start()
+        if self.has_away and self.asking is None:
+            self.fetch()
+        elif self.run.remotes and is_idle and (time.monotonic() >= self.next_ask or self._has_news()):
+            self._start()
         return load_records(self.run, self.answers)
+
+    def fetch(self) -> dict[str, str]:
+        """Wait until all that is new has come from hosts with a folder of their own; label -> why something has not."""
+        self.wait()
+        if self.has_away:
+            self._start()
+            self.wait()
+        return self.unread
+
+    def _start(self) -> None:
+        self.next_ask = time.monotonic() + (ASK_AWAY_EVERY_S if self.has_away else ASK_EVERY_S)
+        self.asking = threading.Thread(target=self._ask, daemon=True)
+        self.asking.start()
+
+    def _has_news(self) -> bool:
+        return self.has_away and load_notice(self.run.notice_path) != self.passed
 
     def _ask(self) -> None:
         self.answers = answers = ask_hosts(self.run, self.links)
-        silent = {label for label, answer in answers.items() if answer.unreachable}
+        silent = {label: answer.unreachable for label, answer in answers.items() if answer.unreachable}
         now = time.monotonic()
         self.silent_since = {label: self.silent_since.get(label, now) for label in silent}
+        if self._has_news():
+            self.passed = load_notice(self.run.notice_path)
+            pass_notice(self.run, self.links)
+        if self.has_away:
+            reached = [record for record in load_records(self.run, answers) if record.label not in silent]
+            self.unread = silent | (self.also(reached, self.links) if self.also else {})
 
     def find_cut_off(self) -> str | None:
         """What to say of a host that has not been reached for long."""

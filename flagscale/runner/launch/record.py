@@ -6,7 +6,6 @@ asked, from another machine over a shared folder, the age of the heartbeat answe
 host over SSH (`reach.ask_hosts`) and gives its answer along.
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +14,13 @@ from typing import Any
 
 from flagscale.runner.launch import procs
 from flagscale.runner.launch.folder import RunRef
-from flagscale.runner.launch.journal import Entry, Spec
+from flagscale.runner.launch.journal import Entry, Spec, load_events
 
 MISSED_BEATS = 4
 """A heartbeat this many times late counts as missing, where the processes themselves cannot be seen."""
+
+TAIL = ".tail"
+"""Behind the name of a file: what is kept of its end, where it was not fetched whole."""
 
 Event = dict[str, Any]
 
@@ -40,6 +42,7 @@ class HostRecord:
     is_watched: its agent or its guard lives; by the heartbeat's age where `is_here` is False
     heartbeat_age_s: None before the first
     answer: None where the host was not asked, or is this machine
+    mirror: below here lies what was fetched of a host that shares no folder, under its whole path; None elsewhere
     """
 
     spec: Spec
@@ -48,6 +51,7 @@ class HostRecord:
     is_watched: bool
     heartbeat_age_s: float | None
     answer: Answer | None = None
+    mirror: Path | None = None
 
     def find(self, kind: str) -> Event | None:
         """The last event of a kind."""
@@ -60,9 +64,19 @@ class HostRecord:
     def label(self) -> str:
         return self.spec.label
 
+    def locate(self, path: str) -> Path:
+        """Where a file of the host is to be read on this machine."""
+        return locate(self.mirror, path)
+
     @property
     def output(self) -> Path:
-        return Path(self.spec.output)
+        return self.locate(self.spec.output)
+
+    def find_last_part(self, source: str) -> tuple[Path, int, int | None]:
+        """(file, from byte, to byte) that end with the last lines of one of the host's files that this run wrote."""
+        if self.mirror is not None:
+            return self.locate(source + TAIL), 0, None
+        return Path(source), *((self.output_start, self.output_end) if source == self.spec.output else (0, None))
 
     @property
     def output_start(self) -> int:
@@ -114,28 +128,24 @@ class HostRecord:
         return procs.is_same_alive(event["pid"], event["start_time"] or -1)
 
 
-def load_events(path: Path) -> tuple[Event, ...]:
-    """All whole events; the last line of a writer that was killed may be half a line."""
+def _age(path: Path) -> float | None:
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return ()
-    events: list[Event] = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return tuple(events)
-
-
-def _age(path: str) -> float | None:
-    try:
-        return max(0.0, time.time() - Path(path).stat().st_mtime)
+        return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return None
+
+
+def locate(mirror: Path | None, path: str) -> Path:
+    return Path(path) if mirror is None else mirror / path.lstrip("/")
+
+
+def _find_mirror(run: RunRef, spec: Spec) -> Path | None:
+    """Of a host that shares no folder with this machine, unless it is this machine."""
+    remote = run.find_remote(spec.label)
+    if remote is None or remote.is_shared:
+        return None
+    own = next((event for event in load_events(Path(spec.events)) if event["event"] == "agent_started"), None)
+    return None if own and own["machine"] == procs.name_machine() else run.mirror_dir(spec.label)
 
 
 def load_record(run: RunRef, label: str, answer: Answer | None = None) -> HostRecord:
@@ -146,22 +156,22 @@ def load_record(run: RunRef, label: str, answer: Answer | None = None) -> HostRe
         RunError: the run's folder is damaged.
     """
     spec = run.load_spec(label)
-    path, age = Path(spec.events), _age(spec.heartbeat)
-    events = load_events(path)
+    mirror = _find_mirror(run, spec)
+    path, beat = locate(mirror, spec.events), locate(mirror, spec.heartbeat)
+    age, events = _age(beat), load_events(path)
     started = next((event for event in events if event["event"] == "agent_started"), None)
     if started is None:
-        is_remote = any(remote.label == label for remote in run.remotes)
-        return HostRecord(spec, events, not is_remote, False, age, answer)
+        return HostRecord(spec, events, run.find_remote(label) is None, False, age, answer, mirror)
     if started["machine"] != procs.name_machine():
         has_ended = any(event["event"] == "job_ended" for event in events)  # an agent's last word
         sign_s = age
         if age is None and run.has_notice:  # the first heartbeat comes a moment after the first events
-            sign_s = _age(spec.events)
+            sign_s = _age(path)
         is_fresh = sign_s is not None and sign_s < MISSED_BEATS * spec.heartbeat_s and not has_ended
         if answer is None or answer.unreachable:
-            return HostRecord(spec, events, False, is_fresh, age, answer)
+            return HostRecord(spec, events, False, is_fresh, age, answer, mirror)
         events = events if answer.is_watched else load_events(path)
-        return HostRecord(spec, events, False, answer.is_watched and not has_ended, age, answer)
+        return HostRecord(spec, events, False, answer.is_watched and not has_ended, age, answer, mirror)
     agent = procs.is_same_alive(started["pid"], started["start_time"] or -1)
     guard = procs.is_same_alive(started["guard"] or 0, started["guard_start_time"] or -1)
     if not (agent or guard):
@@ -171,6 +181,19 @@ def load_record(run: RunRef, label: str, answer: Answer | None = None) -> HostRe
 
 def load_records(run: RunRef, answers: Mapping[str, Answer] | None = None) -> tuple[HostRecord, ...]:
     return tuple(load_record(run, label, (answers or {}).get(label)) for label in run.labels)
+
+
+def describe_stacks(records: Iterable[HostRecord]) -> str | None:
+    """Where the Python stacks of ranks were saved before they were ended; None where they were not."""
+    saved = ((record, event) for record in records if (event := record.find("stacks_saved")))
+    found = [
+        f"of rank {', '.join(map(str, event['ranks']))} in {_on(record, event['folder'])}" for record, event in saved
+    ]
+    return f"Python stacks {'; '.join(found)}" if found else None
+
+
+def _on(record: HostRecord, path: str) -> str:
+    return path if record.mirror is None else f"{path} on {record.label}"
 
 
 _OUTCOMES = ("failed", "lost", "stopped", "succeeded")

@@ -11,7 +11,8 @@ import shlex
 from flagscale.runner.plan.job import JobPlan, LaunchName
 from flagscale.runner.render.script import from_environment
 
-MASTER_ADDR, MASTER_PORT = "FLAGSCALE_MASTER_ADDR", "FLAGSCALE_MASTER_PORT"
+MASTER_ADDR, SECOND_ADDR = "FLAGSCALE_MASTER_ADDR", "FLAGSCALE_SECOND_ADDR"
+MASTER_PORT, NEXT_PORT = "FLAGSCALE_MASTER_PORT", "FLAGSCALE_NEXT_PORT"
 BATCH_LOG = "slurm.out"
 """what the script and srun themselves print; a node's own output is where it always is"""
 LAST_WORD = "slurm.end"
@@ -30,7 +31,13 @@ def job_name(run_id: str) -> str:
 def bind_values(run_id: str) -> dict[LaunchName, str]:
     """What takes the place of words that only the launch knows: most of them are read from the environment there."""
     address, port = from_environment(MASTER_ADDR), from_environment(MASTER_PORT)
-    return {"run_id": run_id, "master_port": port, "master_addr": address, "master_endpoint": f"{address}:{port}"}
+    return {
+        "run_id": run_id,
+        "master_port": port,
+        "next_port": from_environment(NEXT_PORT),
+        "master_addr": address,
+        "master_endpoint": f"{address}:{port}",
+    }
 
 
 def render_sbatch(plan: JobPlan, run_id: str, python: str) -> str:
@@ -85,7 +92,7 @@ def _quote_value(value: str) -> str:
 def _find_master(plan: JobPlan, keeper: str) -> list[str]:
     """This script runs on the first node: where it can be reached by name, and a port that is free on it."""
     lines = [
-        f'{MASTER_ADDR}="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+        f'{{ read -r {MASTER_ADDR}; read -r {SECOND_ADDR}; }} < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         f'{MASTER_PORT}="$({keeper} --port)"',
     ]
     if plan.master_port is not None:
@@ -95,5 +102,5 @@ def _find_master(plan: JobPlan, keeper: str) -> list[str]:
         f'if [ -z "${MASTER_ADDR}" ] || [ -z "${MASTER_PORT}" ]; then',
         '  echo "neither the first node of $SLURM_JOB_NODELIST nor a free port on it was found" >&2; exit 1',
         "fi",
-        f"export {MASTER_ADDR} {MASTER_PORT}",
+        f"export {MASTER_ADDR} {SECOND_ADDR} {MASTER_PORT} {NEXT_PORT}=$(({MASTER_PORT} + 1))",
     ]

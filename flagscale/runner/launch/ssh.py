@@ -1,20 +1,23 @@
 """Starting a job on many machines over SSH: all of them are asked first, and all of them start, or none.
 
 The run's folder is on a file system that every host sees; agents write into it, and everything that reads a run reads
-it there. SSH carries only questions, the start and the stop. Each host gets the same agent as this machine would, which
-leaves its terminal at once, so the job needs neither the launcher nor the connection afterwards.
+it there. SSH carries only questions, the start and the stop. With `no_shared_fs` a host that does not see this folder
+gets one of its own on the same path, with what it needs in it, and what is written there is fetched (`mirror.py`). Each
+host gets the same agent as this machine would, which leaves its terminal at once, so the job needs neither the launcher
+nor the connection afterwards.
 
 The order: connect to all and check on each at once, tell every fault of every host; write all files or none; start all
 agents at once; should one not start, end the others before anything is said.
 """
 
+import base64
 import json
 import secrets as random_words
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from flagscale.runner.launch.folder import (
     describe_job,
     find_current,
     hold_lock,
+    list_away_files,
     list_files,
     list_folders,
     list_remotes,
@@ -35,8 +39,8 @@ from flagscale.runner.launch.folder import (
     ref_of,
 )
 from flagscale.runner.launch.local import GRACE_S, HANDOVER_LIMIT_S, hand_over, refuse_living, strip_secrets
-from flagscale.runner.launch.peers import Notice, write_notice
-from flagscale.runner.launch.reach import Links, Look, ask_hosts, clean_hosts, signal_hosts
+from flagscale.runner.launch.notice import Notice, write_notice
+from flagscale.runner.launch.reach import Links, Look, Reply, ask_hosts, clean_hosts, signal_hosts
 from flagscale.runner.launch.record import load_records
 from flagscale.runner.launch.startup import explain_interrupt
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, encode_plan
@@ -69,13 +73,27 @@ def submit_job(
     run: RunRef | None = None
     try:
         with hold_lock(exp_dir), Links(list_remotes(plan), plan.accept_new_host_keys) as links:
-            port = check_hosts(plan, links, env)
+            ready = check_hosts(plan, links, env)
             end_stale(exp_dir)
             run_id = make_run_id(datetime.now(UTC))
-            values: dict[LaunchName, str] = {"master_port": str(port), "run_id": run_id}
+            values: dict[LaunchName, str] = {
+                "master_port": str(ready.port),
+                "next_port": str(ready.port + 1),
+                "run_id": run_id,
+            }
+            away = [host for host in plan.hosts if host.label in ready.away]
+            remotes = [replace(remote, is_shared=remote.label not in ready.away) for remote in links.remotes.values()]
             job = describe_job(plan, run_id, values, config, command)
-            write_all(list_files(plan, run_id, values, job, grace_s), list_folders(plan, run_id))
-            run = ref_of(plan, run_id)
+            job |= {"remotes": [asdict(remote) for remote in remotes]}
+            files = list_files(plan, run_id, values, job, grace_s, ready.away)
+            here = replace(plan, hosts=tuple(host for host in plan.hosts if host not in away))
+            written = write_all(files, list_folders(here, run_id))
+            try:
+                place_files(plan, away, links, run_id, values, files)
+            except FlagScaleError:
+                written.undo()
+                raise
+            run = ref_of(plan, run_id, tuple(remotes))
             start_agents(run, links, secrets, strip_secrets(plan, env))
             return run
     finally:
@@ -87,26 +105,24 @@ def submit_job(
 # --- before anything is started --------------------------------------------------------------------------------------
 
 
-def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> int:
-    """Ask every host whether it can do its part; returns the port where the ranks meet, chosen on the head host.
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the hosts said. away: labels of those with an experiment folder of their own"""
+
+    port: int
+    away: frozenset[str]
+
+
+def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
+    """Ask every host whether it can do its part; the port where the ranks meet is chosen on the head host.
 
     Raises:
         UserError, LaunchError: what is wrong on which host, all of it.
     """
     faults: list[tuple[str, Fault]] = []
     port = plan.master_port or 0
-    with _place_nonce(Path(plan.exp_dir)) as (path, nonce):
-        requests = {
-            host.label: {
-                "plan": encode_plan(replace(plan, hosts=(host,))),
-                "nonce_path": str(path),
-                "nonce": nonce,
-                "is_head": host is plan.hosts[0],
-            }
-            for host in plan.hosts
-            if host.label in links.remotes
-        }
-        replies = links.call("check", requests, CHECK_LIMIT_S)
+    away: set[str] = set()
+    replies = _ask_ready(plan, links)
     for host in plan.hosts:
         name = host.host.name
         if host.label not in replies:
@@ -119,10 +135,37 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> int:
             continue
         faults += [(kind, (name, text)) for kind, text in reply.answer["faults"]]
         port = reply.answer["port"] or port
+        if not reply.answer["is_shared"]:
+            away.add(host.label)
+    raise_faults(faults, len(plan.hosts))
+    return Ready(port, frozenset(away))
+
+
+def _ask_ready(plan: JobPlan, links: Links) -> dict[str, Reply]:
+    current = find_current(Path(plan.exp_dir))
+    with _place_nonce(Path(plan.exp_dir)) as (path, nonce):
+        requests = {
+            host.label: {
+                "plan": encode_plan(replace(plan, hosts=(host,))),
+                "nonce_path": str(path),
+                "nonce": nonce,
+                "is_head": host is plan.hosts[0],
+                "known_run": current.run_id if current else None,
+            }
+            for host in plan.hosts
+            if host.label in links.remotes
+        }
+        return links.call("check", requests, CHECK_LIMIT_S)
+
+
+def raise_faults(faults: Sequence[tuple[str, Fault]], num_hosts: int) -> None:
+    """
+    Raises:
+        UserError, LaunchError: there are some; all of them in one table.
+    """
     if faults:
         error = UserError if all(kind == "user" for kind, _ in faults) else LaunchError
-        raise error(describe_faults([fault for _, fault in faults], len(plan.hosts)))
-    return port
+        raise error(describe_faults([fault for _, fault in faults], num_hosts))
 
 
 def _check_here(plan: JobPlan, host: HostPlan, env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -182,6 +225,40 @@ def end_stale(exp_dir: Path) -> None:
                 "use another `experiment.exp_dir`, or launch when they are back"
             )
         clean_hosts(run, links, GRACE_S)
+
+
+def place_files(
+    plan: JobPlan,
+    away: Sequence[HostPlan],
+    links: Links,
+    run_id: str,
+    values: Mapping[LaunchName, str],
+    written: Sequence[NewFile],
+) -> None:
+    """Write on every host with a folder of its own what it needs: on all of them, or on none.
+
+    Raises:
+        UserError, LaunchError: what cannot be written where.
+    """
+    requests = {
+        host.label: {
+            "files": [
+                [str(file.path), base64.b64encode(file.content).decode(), file.mode]
+                for file in list_away_files(plan, host, values, written)
+            ],
+            "folders": [str(folder) for folder in list_folders(replace(plan, hosts=(host,)), run_id)],
+        }
+        for host in away
+    }
+    replies = links.call("place", requests, CHECK_LIMIT_S)
+    faults = [
+        ("user" if reply.answer.get("is_user") else "launch", (links.remotes[label].name, fault))
+        for label, reply in replies.items()
+        if (fault := reply.fault or reply.answer.get("fault"))
+    ]
+    if faults:
+        links.call("unplace", {label: reply.answer for label, reply in replies.items() if "files" in reply.answer})
+    raise_faults(faults, len(plan.hosts))
 
 
 # --- the start -------------------------------------------------------------------------------------------------------

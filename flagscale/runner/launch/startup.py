@@ -4,14 +4,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from flagscale.errors import LaunchError
 from flagscale.runner.launch.ending import catch_interrupts, tell_to_end
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.journal import read_tail
-from flagscale.runner.launch.reach import Look
-from flagscale.runner.launch.record import HostRecord, order_by_cause
+from flagscale.runner.launch.reach import Look, pass_notice
+from flagscale.runner.launch.record import HostRecord, describe_stacks, order_by_cause
 from flagscale.runner.launch.resume import describe_beginning
 from flagscale.runner.plan.job import JobPlan
 
@@ -46,6 +45,7 @@ def wait_until_up(run: RunRef, plan: JobPlan, foreground: bool) -> None:
                 deadline = time.monotonic() + plan.start_timeout_s
             while True:
                 if interrupts.num:
+                    pass_notice(run)
                     raise explain_interrupt(run, is_stopping=foreground)
                 records = look.load_records()
                 check_alive(run, records, foreground)
@@ -55,6 +55,7 @@ def wait_until_up(run: RunRef, plan: JobPlan, foreground: bool) -> None:
                     break
                 if time.monotonic() > deadline:
                     tell_to_end(run, f"the launcher: only {text} after {plan.start_timeout_s:g} s")
+                    pass_notice(run)
                     raise LaunchError(
                         f"run {run.run_id}: after {plan.start_timeout_s:g} s only {text}; the job was ended. "
                         f"Its output: {', '.join(str(record.output) for record in records)}"
@@ -70,16 +71,20 @@ def describe_launch(run: RunRef, plan: JobPlan, foreground: bool) -> str:
     size = f", {plan.num_ranks} ranks" if plan.num_ranks else ""
     where = plan.hosts[0].host.name if len(plan.hosts) == 1 else f"{len(plan.hosts)} hosts"
     stop = f"flagscale stop {run.run_id}"
+    away = [remote.name for remote in run.remotes if not remote.is_shared]
+    on_hosts = f", on each of {', '.join(away)} its own" if away else ""
     rows = {
-        "outputs": str(run.exp_dir),
-        "log": str(run.output_path(run.labels[0]) if len(run.labels) == 1 else run.log_dir),
-        "training": describe_beginning(plan) if plan.task == "train" else None,
+        "outputs": f"{run.exp_dir}{on_hosts}",
+        "log": f"{run.output_path(run.labels[0]) if len(run.labels) == 1 else run.log_dir}{on_hosts}",
+        "checkpoints": f"{plan.checkpoint_dir}{on_hosts}" if away and plan.checkpoint_dir else None,
+        "training": describe_beginning(plan) if plan.task == "train" and not away else None,
         "follow": None if foreground else f"flagscale logs -f {run.run_id}",
         "stop": f"Ctrl-C, or elsewhere {stop}" if foreground else stop,
     }
+    width = max(len(name) for name, text in rows.items() if text)
     what = plan.task + (f" with {plan.backend}" if plan.backend else "")
     head = f"run {run.run_id}: {f'{plan.exp_name}, ' if plan.exp_name else ''}{what}{size} on {where}"
-    return "\n".join([head, *(f"  {name:<9} {text}" for name, text in rows.items() if text)])
+    return "\n".join([head, *(f"  {name:<{width}} {text}" for name, text in rows.items() if text)])
 
 
 def explain_interrupt(run: RunRef, is_stopping: bool) -> LaunchError:
@@ -128,7 +133,8 @@ def check_alive(run: RunRef, records: tuple[HostRecord, ...], foreground: bool) 
             continue
         reason = end["reason"] if end else f"the agent and the guard of {record.label} were killed"
         where = "" if record.label == "host_0_localhost" else f" on {record.label}"
-        error = LaunchError(f"run {run.run_id} did not start{where}: {reason}\n{quote_last_words(record)}")
+        lines = [f"run {run.run_id} did not start{where}: {reason}", quote_last_words(record), describe_stacks(records)]
+        error = LaunchError("\n".join(filter(None, lines)))
         if foreground and end and end["exit_code"]:
             error.exit_code = end["exit_code"]
         raise error
@@ -137,9 +143,8 @@ def check_alive(run: RunRef, records: tuple[HostRecord, ...], foreground: bool) 
 def quote_last_words(record: HostRecord) -> str:
     """The last lines of what failed first on this host, below the name of their file."""
     end = record.find("job_ended")
-    source = Path(end["source"]) if end and end["source"] else record.output
-    part = (record.output_start, record.output_end) if source == record.output else (0, None)
-    lines = read_tail(source, *part).splitlines()[-NUM_LAST_LINES:]
+    source = str(end["source"]) if end and end["source"] else record.spec.output
+    lines = read_tail(*record.find_last_part(source)).splitlines()[-NUM_LAST_LINES:]
     return "\n".join([f"last lines of {source}:", *(f"  {line}" for line in lines)])
 
 

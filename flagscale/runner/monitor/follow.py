@@ -3,8 +3,9 @@
 from flagscale.errors import RunError
 from flagscale.runner.launch.ending import Interrupts, catch_interrupts, tell_to_end
 from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.mirror import fetch_outputs
 from flagscale.runner.launch.reach import Look
-from flagscale.runner.monitor.logs import check_outputs_left, find_output_tails, follow_lines
+from flagscale.runner.monitor.logs import check_outputs_left, find_output_tails, follow_lines, tell_unread
 from flagscale.runner.monitor.plot import plot_loss
 from flagscale.runner.monitor.screen import Screen
 from flagscale.runner.monitor.state import RunState, query_run
@@ -23,18 +24,19 @@ def wait_job(run: RunRef) -> int:
         return _tell_end(query_run(run), screen)
 
 
-def watch_job(run: RunRef, num_lines: int | None = None) -> None:
+def watch_job(run: RunRef, num_lines: int | None = None, host: str | None = None) -> None:
     """As `wait_job`, for someone who only looks: Ctrl-C leaves the job as it is.
 
     num_lines: begin with so many last lines of each host, in place of all
+    host: only this one's lines, by its name or its label
 
     Raises:
-        RunError: the output was deleted.
+        RunError: the output was deleted, or there is no such host.
     """
     check_outputs_left(run)
     with catch_interrupts(run, stops_job=False) as interrupts:
         screen = Screen(run)
-        _show_until_end(run, screen, interrupts, stops_job=False, num_lines=num_lines)
+        _show_until_end(run, screen, interrupts, stops_job=False, num_lines=num_lines, host=host)
         if interrupts.num:
             screen.say(f"run {run.run_id} goes on; `flagscale logs -f {run.run_id}` follows it again")
         else:
@@ -42,10 +44,16 @@ def watch_job(run: RunRef, num_lines: int | None = None) -> None:
 
 
 def _show_until_end(
-    run: RunRef, screen: Screen, interrupts: Interrupts, *, stops_job: bool, num_lines: int | None = None
+    run: RunRef,
+    screen: Screen,
+    interrupts: Interrupts,
+    *,
+    stops_job: bool,
+    num_lines: int | None = None,
+    host: str | None = None,
 ) -> None:
     told = 0
-    look = Look(run)
+    look = Look(run, also=fetch_outputs)
 
     def has_ended() -> bool:
         nonlocal told
@@ -61,9 +69,13 @@ def _show_until_end(
             told = 1
             screen.say(f"ending {run.run_id}: {cut_off}")
             tell_to_end(run, f"the launcher: {cut_off}")
-        return is_left or not any(record.is_watched for record in records)
+        is_over = not any(record.is_watched for record in records)
+        if is_over:
+            look.fetch()
+        return is_left or is_over
 
-    tails = find_output_tails(run)
+    tell_unread(look.fetch())
+    tails = find_output_tails(run, host)
     prefixes = {tail.name: f"{tail.name} | " if len(tails) > 1 else "" for tail in tails}
     with screen.show_bar():
         for tail in tails:
@@ -84,4 +96,6 @@ def _tell_end(state: RunState, screen: Screen) -> int:
         screen.say(summarise(state))
         return 0
     screen.say(f"run {run.run_id} {state.state}: {state.reason or 'no reason was given'}")
+    if state.stacks:
+        screen.say(state.stacks)
     return state.exit_code or 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flagscale.errors import RunError
 from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.record import load_records
 from flagscale.runner.monitor.progress import Iteration, load_iterations, split_segments
 
 SMOOTHING = 0.75
@@ -31,9 +32,12 @@ def _points(segment: Sequence[Iteration]) -> tuple[list[int], list[float]]:
 
 
 def load_experiment_iterations(run: RunRef) -> list[Iteration]:
-    """Of all runs into the experiment's folder: the output is appended to."""
-    outputs = (run.output_path(label) for label in reversed(run.labels))
-    return next((found for output in outputs if (found := load_iterations(output))), [])
+    """Of all runs into the experiment's folder, whose output is appended to; of this run alone where it was fetched."""
+    parts = (
+        (record.output, record.output_start if record.mirror else 0, record.output_end if record.mirror else None)
+        for record in reversed(load_records(run))
+    )
+    return next((found for part in parts if (found := load_iterations(*part))), [])
 
 
 def plot_loss(run: RunRef, path: Path | None = None) -> Path:

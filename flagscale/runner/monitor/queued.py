@@ -7,7 +7,7 @@ started yet and why, and that it was the scheduler itself that ended them.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from flagscale.runner.launch.peers import load_notice
+from flagscale.runner.launch.notice import load_notice
 from flagscale.runner.launch.slurm_queue import Queue
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flagscale.errors import RunError, UnknownRunError, find_nearest
 from flagscale.runner.launch.folder import RunRef, find_current, index_dir, is_run_id, load_ref
+from flagscale.runner.plan.service import REPLICA_TASK
 
 
 def _order(path: Path) -> tuple[str, int]:
@@ -28,14 +29,14 @@ def _list_pointers() -> dict[str, Path]:
 
 
 def list_runs() -> list[RunRef]:
-    """Every run of the list whose folder is still there, newest first."""
+    """Every run of the list whose folder is still there, newest first; a service's replicas are parts of its run."""
     runs: list[RunRef] = []
     for run_id, exp_dir in _list_pointers().items():
         try:
             runs.append(load_ref(exp_dir, run_id))
         except RunError:
             continue  # the user deleted the experiment folder
-    return runs
+    return [run for run in runs if run.task != REPLICA_TASK]
 
 
 def load_run(ref: str | Path | None = None) -> RunRef:

@@ -6,13 +6,12 @@ thing that can be wrong after a crash.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.procs import find_ours
 from flagscale.runner.launch.reach import load_true_records
-from flagscale.runner.launch.record import Event, HostRecord, order_by_cause
+from flagscale.runner.launch.record import Event, HostRecord, describe_stacks, order_by_cause
 from flagscale.runner.launch.slurm_queue import find_queue
 from flagscale.runner.monitor.progress import Iteration, find_last_iteration
 from flagscale.runner.monitor.queued import judge_queued
@@ -79,6 +78,8 @@ class RunState:
     hosts: tuple[HostState, ...]
     ranks: tuple[RankState, ...]
     progress: Iteration | None
+    stacks: str | None = None
+    """where the Python stacks of ranks were saved before a failure of others ended them"""
 
     @property
     def has_ended(self) -> bool:
@@ -111,7 +112,7 @@ def query_run(run: RunRef) -> RunState:
     )
     starts = [host.started for host in hosts if host.started is not None]
     ends = [host.ended for host in hosts if host.ended is not None]
-    found = [find_last_iteration(record.output, record.output_start, record.output_end) for record in records]
+    found = [find_last_iteration(*record.find_last_part(record.spec.output)) for record in records]
     return RunState(
         run=run,
         state=state,
@@ -122,6 +123,7 @@ def query_run(run: RunRef) -> RunState:
         hosts=hosts,
         ranks=tuple(sorted(ranks, key=lambda rank: rank.rank)),
         progress=next((item for item in reversed(found) if item), None),
+        stacks=describe_stacks(records),
     )
 
 
@@ -144,10 +146,10 @@ def _judge_host(record: HostRecord) -> HostState:
     state: State
     if ended:
         state = ended["outcome"]
-    elif started is None:
-        state, reason = "never_started", "its agent did not start"
     elif record.answer and record.answer.unreachable:
         state, reason = "unreachable", _describe_silence(record, record.answer.unreachable)
+    elif started is None:
+        state, reason = "never_started", "its agent did not start"
     elif not record.is_watched:
         state = "lost"
         num_leftovers = len(find_ours(record.spec.token)) if record.is_here else 0
@@ -227,12 +229,13 @@ def encode_state(state: RunState) -> dict[str, Any]:
         "started": state.started,
         "ended": state.ended,
         "num_leftovers": state.num_leftovers,
+        "stacks": state.stacks,
         "task": run.task,
         "exp_name": run.exp_name,
         "exp_dir": str(run.exp_dir),
         "log_dir": str(run.log_dir),
         "folder": str(run.folder),
-        "outputs": [str(Path(run.output_path(label))) for label in run.labels],
+        "outputs": [str(run.output_path(label)) for label in run.labels],
         "hosts": [asdict(host) for host in state.hosts],
         "ranks": [asdict(rank) for rank in state.ranks],
         "progress": asdict(state.progress) if state.progress else None,

@@ -102,7 +102,7 @@ def stop_run(run: RunRef, force: bool = False, wait: Callable[[], None] | None =
     if silent:
         raise RunError(
             f"run {run.run_id}: cannot tell what lives on {', '.join(silent)}; all other hosts have ended. "
-            f"Its agents end by themselves once they see the run's folder; `flagscale stop {run.run_id}` makes sure"
+            f"Their agents end by themselves once they hear of it; `flagscale stop {run.run_id}` makes sure"
         )
     return Stopped(state, was_alive, num_leftovers)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flagscale.chips import find_chip
+from flagscale.chips.records import GLOO_INTERFACE
 from flagscale.errors import UserError
 from flagscale.runner.config.experiment import DEFAULT_BACKENDS, Runner
 from flagscale.runner.config.hostfile import Host
@@ -112,6 +113,7 @@ def plan_host(
 ) -> HostPlan:
     cmds = config.experiment.cmds
     dirs = (outputs.log_dir, outputs.pids_dir, outputs.details_dir, *make_dirs)
+    peer = _find_peer(config, node_rank)
     return HostPlan(
         host=host,
         node_rank=node_rank,
@@ -120,7 +122,28 @@ def plan_host(
         files=files,
         before_start=cmds.before_start,
         after_stop=cmds.after_stop,
+        peer=peer,
+        interface_vars=_interface_vars(config, host) if peer or is_master_unknown(config) else (),
     )
+
+
+def _find_peer(config: Config, node_rank: int) -> str:
+    """A host that this one must reach: the first one, and for that one the second."""
+    runner = config.experiment.runner
+    if config.task_type in ("inference", "compress") or runner.per_node_task:
+        return ""
+    if is_master_unknown(config):
+        return ""  # `keeper.py` knows it, once a scheduler has chosen
+    if node_rank > 0:
+        return master_of(config)
+    return config.hosts[1].name if len(config.hosts) > 1 else ""
+
+
+def _interface_vars(config: Config, host: Host) -> tuple[str, ...]:
+    """What the collectives of the host's chip heed, less what the configuration sets itself."""
+    chip = find_chip(host.chip) if host.chip else None
+    given = dict(environment_of(config, host))
+    return tuple(name for name in (chip.interfaces if chip else (GLOO_INTERFACE,)) if name not in given)
 
 
 def plan_job(config: Config, outputs: Outputs, hosts: tuple[HostPlan, ...], **fields: Any) -> JobPlan:
@@ -141,6 +164,7 @@ def plan_job(config: Config, outputs: Outputs, hosts: tuple[HostPlan, ...], **fi
         accept_new_host_keys=experiment.runner.accept_new_host_keys,
         launcher=launcher_of(experiment.runner),
         launcher_options=launcher_options_of(experiment.runner),
+        no_shared_fs=experiment.runner.no_shared_fs,
         **fields,
     )
 
@@ -181,27 +205,44 @@ def master_endpoint(config: Config, host: str) -> Word:
 
 
 def plan_ray(
-    config: Config, site: Site, host: Host, node_rank: int, env: tuple[tuple[str, str], ...]
+    config: Config,
+    site: Site,
+    host: Host,
+    node_rank: int,
+    env: tuple[tuple[str, Word], ...],
+    hosts: tuple[Host, ...] = (),
 ) -> tuple[ProcessSpec, ...]:
-    """The Ray node of one host of several: it stays in the foreground, so that the agent ends it with the job."""
-    if len(config.hosts) == 1:
+    """The Ray node of one host of several: it stays in the foreground, so that the agent ends it with the job.
+
+    hosts: those of this cluster, its head first; default all hosts of the job
+    """
+    hosts = hosts or config.hosts
+    if len(hosts) == 1:
         return ()
     runner = config.experiment.runner
     argv: tuple[Word, ...] = ("ray", "start", "--block", "--disable-usage-stats")
     if node_rank == 0:
         argv += ("--head", "--port", str(runner.ray_port), "--dashboard-port", str(runner.ray_dashboard_port))
     else:
-        found = AtLaunch("master_addr", "", f":{runner.ray_port}") if is_master_unknown(config) else None
-        argv += ("--address", found or address_of(master_of(config), runner.ray_port))
+        argv += ("--address", ray_address(config, hosts))
     chip = find_chip(host.chip) if host.chip else None
     if host.chip is None or (chip is not None and chip.device == "cuda"):
         argv += ("--num-gpus", str(host.slots))
     elif chip is not None and chip.device == "cpu":
         argv += ("--num-cpus", str(host.slots))
-    return (ProcessSpec("ray", argv, site.root, env=env, bin_dirs=bin_dirs_of(site)),)
+    bin_dirs = ((runner.bin_dir,) if runner.bin_dir else ()) + bin_dirs_of(site)
+    return (ProcessSpec("ray", argv, site.root, env=env, bin_dirs=bin_dirs),)
 
 
-def dump_yaml(values: Mapping[str, Any]) -> str:
+def ray_address(config: Config, hosts: tuple[Host, ...]) -> Word:
+    """Where the head of a Ray cluster of these hosts answers."""
+    if is_master_unknown(config):
+        return AtLaunch("master_addr", "", f":{config.experiment.runner.ray_port}")
+    head = master_of(config) if hosts[0] is config.hosts[0] else hosts[0].name
+    return address_of(head, config.experiment.runner.ray_port)
+
+
+def dump_yaml(values: Mapping[str, Any] | None) -> str:
     """A task section as the file that its entry point reads."""
     import yaml
 
@@ -214,5 +255,5 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 
     Dumper.add_representer(str, represent)
     Dumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
-    text: str = yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    text: str = yaml.dump(dict(values or {}), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return text

@@ -40,7 +40,7 @@ def _plan_reader(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan
     """Every host runs `python <entrypoint> --config-path=<file>`, the file holding the task section."""
     outputs = find_outputs(config)
     entrypoint = require_entrypoint(config)
-    section: Any = config.values[config.task_type]
+    section: Any = config.values[config.task_type] or {}
     path = posixpath.join(outputs.scripts_dir, f"{config.task_type}.yaml")
     rows = []
     for node_rank, host in enumerate(hosts):

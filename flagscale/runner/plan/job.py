@@ -15,8 +15,9 @@ from flagscale.runner.config.hostfile import Host
 
 PLAN_VERSION = 1
 
-LaunchName = Literal["master_port", "run_id", "master_addr", "master_endpoint"]
-"""the last two only where a scheduler chooses the machines; `master_endpoint` is `<master_addr>:<master_port>`"""
+LaunchName = Literal["master_port", "next_port", "num_threads", "run_id", "master_addr", "master_endpoint"]
+"""master_port: a free port of the head host; next_port: the one after it; num_threads: a replica's part of a CPU;
+master_addr: the first machine where a scheduler chooses it; master_endpoint: `<master_addr>:<master_port>`"""
 LauncherName = Literal["direct", "ray", "slurm"]
 
 
@@ -79,6 +80,10 @@ class HostPlan:
     """(absolute path, content), written before the processes start"""
     before_start: str | None = None
     after_stop: str | None = None
+    peer: str = ""
+    """the address of another host of the job; empty where this one is alone, or the planner does not know any"""
+    interface_vars: tuple[str, ...] = ()
+    """variables that get the interface which leads to `peer`, found on the host, where nothing else sets them"""
 
     @property
     def label(self) -> str:
@@ -117,6 +122,10 @@ class JobPlan:
     """for slurm: options of sbatch, the value empty for a switch; for ray: `address`, `wait_s`"""
     accept_new_host_keys: bool = False
     """remember the key of a host that was never met; one that changed is refused in any case"""
+    no_shared_fs: bool = False
+    """each host has an experiment folder of its own, on the same path"""
+    service: Mapping[str, Any] | None = None
+    """what the controller of a service is told (`plan/service.py`)"""
     version: int = PLAN_VERSION
 
     @property
@@ -169,6 +178,7 @@ def _host(row: dict[str, Any]) -> HostPlan:
             "processes": tuple(_process(process) for process in row["processes"]),
             "make_dirs": tuple(row["make_dirs"]),
             "files": tuple((path, content) for path, content in row["files"]),
+            "interface_vars": tuple(row.get("interface_vars", ())),
         }
     )
 

@@ -10,6 +10,7 @@ from flagscale.runner.config.hostfile import Host
 from flagscale.runner.config.load import Config
 from flagscale.runner.plan.common import (
     Outputs,
+    address_of,
     backend_of,
     bin_dirs_of,
     environment_of,
@@ -42,6 +43,7 @@ PASSED_TO_TORCHRUN = (
     "signals_to_handle",
 )
 MADE_FOLDERS = ("save", "tensorboard_dir", "wandb_save_dir")
+LOCALHOST = "localhost"
 OWN_ENTRYPOINTS = ("flagscale/train/train_gpt.py",)
 """entry points that tell when a rank is past its start"""
 
@@ -120,9 +122,11 @@ def _plan_torchrun(
 
 def _torchrun_options(config: Config, outputs: Outputs, host: Host, num_hosts: int, node_rank: int) -> tuple[Word, ...]:
     runner = config.experiment.runner
-    alone = runner.per_node_task
+    label = f"host_{node_rank}_{host.name}"
     if runner.type == "cloud":
         num_hosts = int(str(runner.nnodes).split(":", 1)[0])
+    if runner.per_node_task:
+        num_hosts, node_rank = 1, 0
     words: list[Word] = []
     for name in PASSED_TO_TORCHRUN:
         value = getattr(runner, name)
@@ -131,16 +135,28 @@ def _torchrun_options(config: Config, outputs: Outputs, host: Host, num_hosts: i
         words.append("--" + name.replace("_", "-"))
         if value is not True:
             words.append(str(value))
-    address = "localhost" if alone else master_of(config)
-    endpoint: Word = runner.rdzv_endpoint or master_endpoint(config, address)
-    label = f"host_{node_rank}_{host.name}"
+    alone = num_hosts == 1
+    if alone and runner.local_addr is None:
+        words += ["--local-addr", LOCALHOST]  # else ranks look for each other by the host's own name, if it has one
+    # c10d numbers hosts by their names, so ranks would not be where the hostfile puts them; static does as it is told,
+    # but a restart of the ranks on one host does not reach the others
+    backend = runner.rdzv_backend or ("c10d" if alone or runner.max_restarts else "static")
+    endpoint: Word = runner.rdzv_endpoint or _meeting_point(config, alone, backend)
     words += ["--rdzv-id", str(runner.rdzv_id) if runner.rdzv_id is not None else AtLaunch("run_id")]
-    words += ["--nnodes", str(1 if alone else num_hosts), "--node-rank", str(0 if alone else node_rank)]
+    words += ["--nnodes", str(num_hosts), "--node-rank", str(node_rank)]
     words += ["--nproc-per-node", str(host.slots)]
-    words += ["--rdzv-backend", runner.rdzv_backend, "--rdzv-endpoint", endpoint]
+    words += ["--rdzv-backend", backend, "--rdzv-endpoint", endpoint]
     words += ["--log-dir", AtLaunch("run_id", f"{posixpath.join(outputs.details_dir, label)}/")]
     words += ["--redirects", str(runner.redirects), "--tee", str(runner.tee)]
     return tuple(words)
+
+
+def _meeting_point(config: Config, alone: bool, backend: str) -> Word:
+    """With `per_node_task` each host takes a port that is free there: that of another may be taken."""
+    runner = config.experiment.runner
+    if runner.per_node_task and backend == "c10d" and not runner.master_port:
+        return address_of(LOCALHOST, 0)
+    return master_endpoint(config, runner.master_addr or LOCALHOST if alone else master_of(config))
 
 
 def _arguments(

@@ -1,6 +1,7 @@
 """A process's whole command line: its fixed words, then its arguments as their backend spells them."""
 
 from collections.abc import Mapping
+from string import Template
 
 from flagscale.runner.plan.job import AtLaunch, LaunchName, ProcessSpec, Word
 from flagscale.runner.render.options import Renderer, catalogue_renderer, render_plain
@@ -11,6 +12,7 @@ RENDERERS: dict[str, Renderer] = {
     "vllm": catalogue_renderer("vllm"),
     "sglang": catalogue_renderer("sglang"),
     "llama_cpp": catalogue_renderer("llama_cpp"),
+    "native": catalogue_renderer("native"),
     "verl": render_verl,
 }
 
@@ -25,4 +27,11 @@ def bind_word(word: Word, values: Mapping[LaunchName, str] | None) -> str:
 def render_argv(process: ProcessSpec, values: Mapping[LaunchName, str] | None = None) -> tuple[str, ...]:
     """The words of a process's command line, unquoted."""
     fixed = tuple(bind_word(word, values) for word in process.argv)
-    return fixed + RENDERERS.get(process.backend, render_plain)(process.arguments)
+    words = RENDERERS.get(process.backend, render_plain)(process.arguments)
+    return fixed + (tuple(map(_keep_from_torchrun, words)) if process.num_ranks else words)
+
+
+def _keep_from_torchrun(word: str) -> str:
+    """torchrun puts the local rank in place of `$local_rank` in the words of its ranks, and makes `$$` a `$`."""
+    is_changed = Template(word).safe_substitute(local_rank="") != word
+    return word.replace("$", "$$") if is_changed else word

@@ -10,8 +10,8 @@ from collections import Counter
 from flagscale.errors import FlagScaleError
 
 
-class HoldFullError(FlagScaleError):
-    """As many requests wait already as may."""
+class HoldRefusedError(FlagScaleError):
+    """A request may not wait, or not any longer."""
 
 
 class HoldQueue:
@@ -21,6 +21,7 @@ class HoldQueue:
         self._limit = limit
         self._waiting: Counter[str] = Counter()
         self._ready: dict[str, asyncio.Event] = {}
+        self._is_closed = False
 
     def __len__(self) -> int:
         return self._waiting.total()
@@ -31,10 +32,13 @@ class HoldQueue:
     async def wait(self, model: str, until: float) -> None:
         """Return when `model` may have a ready replica.
 
-        Raises HoldFullError at once where as many wait as may, TimeoutError when the loop's clock reaches `until`.
+        Raises HoldRefusedError where as many wait as may and after `close`, TimeoutError when the loop's clock
+        reaches `until`.
         """
+        if self._is_closed:
+            raise HoldRefusedError("this router ends")
         if len(self) >= self._limit:
-            raise HoldFullError(f"{len(self)} requests wait already for a replica that is ready")
+            raise HoldRefusedError(f"{len(self)} requests wait for one already")
         event = self._ready.setdefault(model, asyncio.Event())
         self._waiting[model] += 1
         try:
@@ -47,3 +51,9 @@ class HoldQueue:
         """A replica of `model` is ready, or will never be: all who wait for it look again."""
         if event := self._ready.pop(model, None):
             event.set()
+
+    def close(self) -> None:
+        """Nobody waits any more, and nobody may."""
+        self._is_closed = True
+        for model in tuple(self._ready):
+            self.wake(model)

@@ -97,16 +97,15 @@ class Lease:
     def answered(self, first_byte_s: float) -> None:
         """The first byte of an answer that is no server error came after this many seconds."""
         member = self._member
-        self.alive()
         member.breaker.succeed()
         if member.breaker.state == "closed":
             member.reason = ""
         old = member.first_byte_s
         member.first_byte_s = first_byte_s if old is None else old + _SMOOTHING * (first_byte_s - old)
 
-    def alive(self) -> None:
-        """More bytes came."""
-        self._member.alive_at = asyncio.get_running_loop().time()
+    def alive(self, now: float) -> None:
+        """Bytes of an answer came; `now` is the loop's clock."""
+        self._member.alive_at = now
 
     def failed(self, reason: str) -> None:
         """The replica, and not the caller, is to blame; it is probed at once."""
@@ -214,11 +213,14 @@ class Pool:
         await asyncio.gather(*watches, return_exceptions=True)
 
     def cut_all(self) -> int:
-        """End every request that is at a replica now, each with an error; tell how many."""
-        leases = [lease for member in self._members.values() for lease in member.leases]
-        for lease in leases:
-            lease.cut()
-        return len(leases)
+        """End every request that is at a replica or waits for one, each with an error; tell how many. Nothing may wait
+        from then on."""
+        count = self.held() + self.in_flight()
+        self._hold.close()
+        for member in self._members.values():
+            for lease in tuple(member.leases):
+                lease.cut()
+        return count
 
     def find_lease(self, model: str, key: str | None, tried: frozenset[tuple[str, int]] = frozenset()) -> Lease | None:
         """A lease on a ready replica of `model`, by the policy; None where there is none but in `tried`.
@@ -247,7 +249,7 @@ class Pool:
     async def acquire(self, model: str, key: str | None, tried: frozenset[tuple[str, int]], until: float) -> Lease:
         """As `find_lease`, but wait for a ready replica until the loop's clock says `until`.
 
-        Raises UnknownModelError, HoldFullError, and TimeoutError when the time is over.
+        Raises UnknownModelError, HoldRefusedError, and TimeoutError when the time is over.
         """
         while (lease := self.find_lease(model, key, tried)) is None:
             await self._hold.wait(model, until)

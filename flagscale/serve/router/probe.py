@@ -5,6 +5,7 @@ behind them is dead or wants another key.
 """
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ def describe(error: BaseException) -> str:
             return "it broke off in the middle of an answer"
         case aiohttp.ServerTimeoutError() | asyncio.TimeoutError():
             return "no connection in time"
-        case OSError(strerror=str(reason)) if reason:
-            return reason.lower() if "[" not in reason else "the connection failed"
+        case OSError(errno=int(number)) if number > 0:
+            return os.strerror(number).lower()
         case _:
             return f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ export CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export PYTHONPATH=/flagscale/third_party/Megatron-LM/src:/flagscale${PYTHONPATH:+:$PYTHONPATH}
 exec torchrun \
+  --local-addr localhost \
   --rdzv-id '<run_id: chosen at launch>' \
   --nnodes 1 \
   --node-rank 0 \

@@ -17,7 +17,7 @@ exec torchrun \
   --nnodes 2 \
   --node-rank 1 \
   --nproc-per-node 8 \
-  --rdzv-backend c10d \
+  --rdzv-backend static \
   --rdzv-endpoint 'node-0:<master_port: chosen at launch>' \
   --log-dir '/home/user/outputs/qwen3_30b_a3b/logs/details/host_1_node-1/<run_id: chosen at launch>' \
   --redirects 3 \

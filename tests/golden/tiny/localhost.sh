@@ -21,6 +21,7 @@ export OMP_NUM_THREADS=1
 export TORCHDYNAMO_DISABLE=1
 export PYTHONPATH=/flagscale/third_party/Megatron-LM/src:/flagscale${PYTHONPATH:+:$PYTHONPATH}
 exec torchrun \
+  --local-addr localhost \
   --rdzv-id '<run_id: chosen at launch>' \
   --nnodes 1 \
   --node-rank 0 \

@@ -1,0 +1,64 @@
+"""A fetched tree as a git repository whose first commit is the untouched upstream.
+
+So a vendor works on it as on any clone: `git diff` shows the edits, three-way merges have a base, history can be laid
+over it. Author, date and message come from the pin, and the user's git settings are left aside: the same pin gives the
+same commit everywhere, so two hosts compare sources by one word.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from flagscale.errors import SourceError
+
+BRANCH = "upstream"
+AUTHOR = "upstream"
+DATE = "2000-01-01T00:00:00+00:00"
+SETTINGS = ("core.autocrlf=false", "core.fileMode=true", "core.hooksPath=/dev/null", "gc.auto=0", "commit.gpgSign=false")
+BYTE_FOR_BYTE = "* -text -ident !filter !working-tree-encoding\n"
+"""Beats every .gitattributes of the tree: what is committed is what was published."""
+
+
+def find_git() -> str:
+    """
+    Raises:
+        SourceError: git is not installed.
+    """
+    git = shutil.which("git")
+    if git is None:
+        raise SourceError("a backend's source is kept as a git tree, and there is no git on the PATH (`apt install git`)")
+    return git
+
+
+def _run(tree: Path, *words: str) -> str:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C"}
+    for role in ("AUTHOR", "COMMITTER"):
+        env |= {f"GIT_{role}_NAME": AUTHOR, f"GIT_{role}_EMAIL": "", f"GIT_{role}_DATE": DATE}
+    settings = [word for setting in SETTINGS for word in ("-c", setting)]
+    command = [find_git(), *settings, *words]
+    ran = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SourceError(f"git {words[0]} failed in {tree}: {ran.stderr.strip() or ran.stdout.strip()}")
+    return ran.stdout.strip()
+
+
+def commit_upstream(tree: Path, message: str, ignored: Iterable[str]) -> str:
+    """Make `tree` a git repository with one commit of all that is in it, and return the commit.
+
+    ignored: patterns of what is put into the tree beside the source
+
+    Raises:
+        SourceError: git is not installed, or refused.
+    """
+    _run(tree, "init", "--quiet", "--template=", f"--initial-branch={BRANCH}")
+    info = tree / ".git" / "info"
+    info.mkdir(exist_ok=True)
+    (info / "attributes").write_text(BYTE_FOR_BYTE)
+    _run(tree, "add", "--all", "--force")
+    _run(tree, "commit", "--quiet", "--allow-empty-message", "-m", message)
+    _run(tree, "repack", "-a", "-d", "-q")
+    (info / "exclude").write_text("".join(f"{pattern}\n" for pattern in ignored))
+    return _run(tree, "rev-parse", "HEAD")

@@ -1,0 +1,241 @@
+"""A new tree in place of an old one, in one step of the kernel.
+
+The new tree is built beside the old one from hard links, so it costs one link a file and no copy, and is exchanged with
+it by renameat2(RENAME_EXCHANGE): whoever opens a path finds the old tree or the new one, and a kill at any moment
+leaves one of them, with at most a work folder `.<name>.flagscale` beside it, which the next command removes. A journal
+of single files would need no second tree, but between its first file and its last a reader reads a mixture.
+
+The price: tree and work folder must lie on one Linux file system that can exchange folders (ext4, xfs, btrfs, tmpfs;
+not NFS, and not a folder in a lower layer of an overlay), and a shell that stands in the tree has to enter it anew.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flagscale.errors import PatchError
+from flagscale.patch.state import load_record
+from flagscale.patch.tree import STATE_DIR, read_digest
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+BUILDING = "building"
+BASE_DIR = f"{STATE_DIR}/base"
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A tree that nobody else patches: `lock` is open as long as we, or a git that we started, are at work."""
+
+    tree: Path
+    lock: int
+
+    @property
+    def work(self) -> Path:
+        return self.tree.parent / f".{self.tree.name}.flagscale"
+
+
+@contextmanager
+def hold_tree(tree: Path) -> Iterator[Hold]:
+    """Wait until nobody else patches a tree of that folder, and remove what a killed command left.
+
+    The lock is on the folder above the tree; the kernel lets go of it when its last holder dies.
+
+    Raises:
+        PatchError: the folder above cannot be written to.
+    """
+    tree = tree.resolve()
+    if not os.access(tree.parent, os.W_OK):
+        raise PatchError(f"{tree.parent}: cannot be written to, and the new tree is built there, beside the old one")
+    lock = os.open(tree.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        hold = Hold(tree, lock)
+        remove_leftovers(hold)
+        yield hold
+    except PermissionError as error:
+        raise PatchError(f"{error.filename}: {error.strerror}; nothing was changed") from None
+    finally:
+        os.close(lock)
+
+
+def walk(tree: Path) -> tuple[list[str], list[str]]:
+    """The folders (outermost first) and the files of a tree, all of them but those of `.flagscale-patch`."""
+    folders: list[str] = []
+    files: list[str] = []
+    todo = [""]
+    while todo:
+        below = todo.pop()
+        with os.scandir(tree / below) as entries:
+            for entry in entries:
+                name = f"{below}{entry.name}"
+                if name == STATE_DIR:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                    todo.append(name + "/")
+                else:
+                    files.append(name)
+    return folders, files
+
+
+def link_file(src: str, dst: str) -> None:
+    """A second name for a file; a copy where the file system has no hard links."""
+    try:
+        os.link(src, dst, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        shutil.copy2(src, dst, follow_symlinks=False)
+
+
+def link_tree(src: Path, dst: Path, is_left: Callable[[str], bool]) -> None:
+    """Make `dst`, or fill it, with the folders of `src` and with links to its files but those that are left out."""
+    folders, files = walk(src)
+    dst.mkdir(exist_ok=True)
+    for name in folders:
+        (dst / name).mkdir(exist_ok=True)
+    start, end = f"{src}/", f"{dst}/"
+    for name in files:
+        if not is_left(name):
+            link_file(start + name, end + name)
+
+
+def copy_folder_modes(src: Path, dst: Path) -> None:
+    """Give the folders of `dst` the modes of `src`; times stay, because Python's importer looks for news by them."""
+    for name in ["", *walk(src)[0]]:
+        if (dst / name).is_dir():
+            (dst / name).chmod((src / name).stat().st_mode & 0o7777)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two folders change places, in one step.
+
+    Raises:
+        PatchError: this system or this file system cannot.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise PatchError("exchanging two folders needs Linux with glibc 2.28 or newer")
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return
+    code = ctypes.get_errno()
+    why = {
+        errno.EBUSY: "it is a mount point",
+        errno.EXDEV: "it lies in a lower layer of an overlay file system",
+        errno.EINVAL: "its file system cannot exchange folders",
+    }.get(code, os.strerror(code))
+    raise PatchError(
+        f"{other}: cannot be replaced in one step: {why}. Nothing was changed. Copy the folder to a place of its own "
+        "on a local disk (`cp -a`), or in an image build put a copy into its place in a layer before this one."
+    )
+
+
+@contextmanager
+def rebuild(hold: Hold) -> Iterator[Path]:
+    """Yield the path at which to build the new tree; it takes the old one's place if the block ends without error."""
+    fresh = hold.work / "tree"
+    hold.work.mkdir()
+    try:
+        (hold.work / BUILDING).touch()
+        yield fresh
+        (hold.work / BUILDING).unlink()
+        exchange(fresh, hold.tree)
+    except BaseException:
+        _remove_tree(hold.work)
+        raise
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder of ours, also where folders in it are write-protected."""
+    for name in ["", *walk(folder)[0]]:
+        if not os.access(folder / name, os.W_OK | os.X_OK):
+            (folder / name).chmod(0o700)
+    shutil.rmtree(folder)
+
+
+def remove_old(hold: Hold, made: Callable[[str], bool]) -> Path | None:
+    """Remove the tree whose place was taken; what is in no other place is kept, and the path to it returned.
+
+    A file goes if the new tree has it too (the very inode, or a copy), or if `made(name)` says that it is of our
+    making. Any other was written into the old tree while the new one was built.
+    """
+    old = hold.work / "tree"
+    folders, files = walk(old)
+    places = (hold.tree, hold.tree / BASE_DIR)
+    for name in ["", *folders]:
+        if not os.access(old / name, os.W_OK | os.X_OK):
+            (old / name).chmod(0o700)
+    for name in files:
+        if any(_is_same(old, place, name) for place in places) or made(name):
+            os.unlink(f"{old}/{name}")  # noqa: PTH108 (thousands of files)
+    for name in reversed(folders):
+        if not any((old / name).iterdir()):
+            (old / name).rmdir()
+    if (old / STATE_DIR).exists():
+        _remove_tree(old / STATE_DIR)
+    kept = None
+    if any(old.iterdir()):
+        numbers = (number for number in range(1, 1_000_000))
+        kept = next(p for n in numbers if not (p := hold.tree.parent / f"{hold.tree.name}.kept-{n}").exists())
+        old.rename(kept)
+    else:
+        old.rmdir()
+    hold.work.rmdir()
+    return kept
+
+
+def _is_same(old: Path, place: Path, name: str) -> bool:
+    try:
+        found, there = (old / name).lstat(), (place / name).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if (found.st_dev, found.st_ino) == (there.st_dev, there.st_ino):
+        return True
+    return found.st_size == there.st_size and read_digest(old, name) == read_digest(place, name) is not None
+
+
+def remove_leftovers(hold: Hold) -> None:
+    """Remove what a killed command left beside the tree."""
+    if not hold.work.exists():
+        return
+    if not (hold.work / "tree").exists() or (hold.work / BUILDING).exists():
+        _remove_tree(hold.work)
+        return
+    remove_old(hold, made_by_record(hold.work / "tree"))
+
+
+def made_by_record(old: Path) -> Callable[[str], bool]:
+    """Whether a file of a tree is of our making: what its record says was made, or a cache of that."""
+    record = load_record(old)
+    touched = record.touched if record else {}
+
+    def made(name: str) -> bool:
+        if cached := cached_source(name):
+            return cached in touched
+        return name in touched and read_digest(old, name) == touched[name].result
+
+    return made
+
+
+def cached_source(name: str) -> str | None:
+    """`a/b.py` for `a/__pycache__/b.cpython-311.pyc`, what Python keeps of it; None for any other file."""
+    folder, slash, cache = name.rpartition("__pycache__/")
+    return f"{folder}{cache.partition('.')[0]}.py" if slash and cache.endswith(".pyc") else None
+
+
+def caches_of(folder: Path, names: Set[str]) -> list[str]:
+    """The caches that lie in `folder` for the Python files of these names."""
+    found = []
+    for name in sorted(names):
+        if name.endswith(".py"):
+            above, _, stem = name.removesuffix(".py").rpartition("/")
+            caches = (folder / above / "__pycache__").glob(f"{stem}.*.pyc") if stem.isidentifier() else ()
+            found += [str(path.relative_to(folder)) for path in caches]
+    return found

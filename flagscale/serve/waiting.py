@@ -1,0 +1,114 @@
+"""Waiting for a service that was started: until every model has answered, or it is known why it will not."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from flagscale.errors import LaunchError
+from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.journal import read_tail
+from flagscale.runner.launch.record import load_records
+from flagscale.runner.launch.startup import quote_last_words
+from flagscale.serve.control import NoControllerError, ask_controller
+from flagscale.serve.router.probe import probe_completion
+
+POLL_S = 0.3
+ANSWER_LIMIT_S = 120.0
+NUM_LAST_LINES = 15
+
+
+class NotStartedError(LaunchError):
+    """The service failed before it was ready; what lives of it has to be ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """How to wait. is_interrupted: whether Ctrl-C came; show: says on one line how far it is."""
+
+    is_interrupted: Callable[[], bool]
+    show: Callable[[str], None]
+    limit_s: float
+
+
+def wait_until_ready(run: RunRef, key: str | None, waiting: Waiting) -> dict[str, Any] | None:
+    """The service's status once all models have answered a completion through the router; None after Ctrl-C.
+
+    Raises:
+        NotStartedError: why it will not be ready.
+    """
+    deadline = time.monotonic() + waiting.limit_s
+    while not waiting.is_interrupted():
+        status = _ask(run.exp_dir)
+        if status is None or status["run_id"] != run.run_id:
+            check_controller(run)
+        elif status["state"] == "failed":
+            raise NotStartedError(explain_failure(status))
+        elif status["state"] in ("ready", "degraded"):
+            if fault := ask_models(status, key):
+                raise NotStartedError(fault)
+            return status
+        else:
+            waiting.show(describe_progress(status))
+        if time.monotonic() > deadline:
+            raise NotStartedError(f"the service was not ready after {waiting.limit_s:g} s")
+        time.sleep(POLL_S)
+    return None
+
+
+def _ask(exp_dir: Path) -> dict[str, Any] | None:
+    try:
+        return ask_controller(exp_dir, "/status")
+    except NoControllerError:
+        return None
+
+
+def check_controller(run: RunRef) -> None:
+    """
+    Raises:
+        NotStartedError: the controller's run has ended, with its last lines.
+    """
+    (record,) = load_records(run)
+    if not record.is_alive:
+        raise NotStartedError(f"the service's controller ended\n{quote_last_words(record)}")
+
+
+def describe_progress(status: dict[str, Any]) -> str:
+    """How many replicas are ready, and what one that is not says."""
+    models = status["models"]
+    text = f"{sum(model['ready'] for model in models)} of {sum(model['wanted'] for model in models)} replicas ready"
+    busy = next((replica for replica in status["replicas"] if replica["state"] == "starting"), None)
+    if busy is not None and busy["progress"]:
+        return f"{text}; {busy['name']}: {busy['progress']}"
+    return text
+
+
+def explain_failure(status: dict[str, Any]) -> str:
+    """The cause in the first line, and below it where to read on."""
+    failed = next((replica for replica in status["replicas"] if replica["state"] == "failed"), None)
+    if failed is None:
+        return f"the service did not start: {status['why']}"
+    log = next(iter(sorted(Path(failed["exp_dir"], "serve_logs").glob("host_0_*.output"))), None)
+    head = f"the service did not start: {failed['name']}: {failed['cause']}"
+    if log is None:
+        return head
+    lines = read_tail(log).splitlines()[-NUM_LAST_LINES:]
+    return "\n".join([head, f"last lines of {log}:", *(f"  {line}" for line in lines)])
+
+
+def ask_models(status: dict[str, Any], key: str | None) -> str | None:
+    """One token of every model through the router, with the callers' key; what is wrong where there is none."""
+
+    async def ask() -> str | None:
+        secret = SecretStr(key) if key else None
+        for model in status["models"]:
+            result = await probe_completion(status["url"], model["served_name"], secret, ANSWER_LIMIT_S)
+            if not result.is_ok:
+                return f"`{model['served_name']}` does not answer at {status['url']}: {result.reason}"
+        return None
+
+    return asyncio.run(ask())

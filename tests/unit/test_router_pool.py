@@ -1,0 +1,238 @@
+"""The pool with probes that the test answers: who is ready, who is tried again, who is cut."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from routers import run, settings, until
+
+from flagscale.errors import UserError
+from flagscale.serve.router.pool import Pool, Replica, UnknownModelError
+from flagscale.serve.router.probe import ProbeResult
+from flagscale.serve.router.settings import RouterSettings
+
+NEVER = float("inf")
+
+
+class Probes:
+    """What each replica's probes find; `asked` has the ids in order."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, ProbeResult] = {}
+        self.asked: list[str] = []
+
+    async def __call__(self, replica: Replica, _: RouterSettings) -> ProbeResult:
+        self.asked.append(replica.id)
+        await asyncio.sleep(0)
+        return self.results.get(replica.id, ProbeResult(True, 0.0))
+
+
+def made(*ids: str, **changes: Any) -> tuple[Pool, Probes]:
+    probes = Probes()
+    pool = Pool(settings(**changes), probes)
+    for name in ids:
+        pool.add(Replica(name, f"http://127.0.0.1:1/{name}", "m"))
+    return pool, probes
+
+
+def phase(pool: Pool, number: int = 0) -> Callable[[], str]:
+    return lambda: pool.states()[number].phase
+
+
+def test_nobody_is_ready_before_a_probe_has_passed() -> None:
+    async def work() -> None:
+        pool, probes = made("a")
+        probes.results["a"] = ProbeResult(False, 0.1, "connection refused")
+        assert pool.find_lease("m", None) is None
+        pool.start()
+        await until(lambda: pool.states()[0].reason)
+        assert (pool.states()[0].phase, pool.states()[0].reason) == ("starting", "connection refused")
+        assert pool.find_lease("m", None) is None
+        probes.results["a"] = ProbeResult(True, 0.1)
+        await until(lambda: pool.states()[0].is_ready)
+        assert pool.find_lease("m", None) is not None
+        await pool.close()
+
+    run(work())
+
+
+def test_failures_in_a_row_open_and_a_probe_closes() -> None:
+    async def work() -> None:
+        pool, probes = made("a", breaker_failures=2)
+        pool.start()
+        await until(lambda: pool.states()[0].is_ready)
+        probes.results["a"] = ProbeResult(False, 0, "dead")
+        for _ in range(2):
+            lease = pool.find_lease("m", None)
+            assert lease is not None
+            lease.failed("connection refused")
+            lease.release()
+        assert pool.states()[0].phase == "failing"
+        assert pool.states()[0].failures == 2
+        probes.results["a"] = ProbeResult(True, 0)
+        await until(lambda: pool.states()[0].is_ready)
+        assert pool.states()[0].reason == ""
+        await pool.close()
+
+    run(work())
+
+
+def test_one_failure_calls_for_a_probe_at_once_and_the_probe_decides() -> None:
+    async def work() -> None:
+        pool, probes = made("a", probe_interval_s=3600)
+        pool.start()
+        await until(lambda: pool.states()[0].is_ready)
+        lease = pool.find_lease("m", None)
+        assert lease is not None
+        lease.failed("connection reset")
+        await until(lambda: probes.asked == ["a", "a"])
+        assert pool.states()[0].is_ready
+        probes.results["a"] = ProbeResult(False, 0, "dead")
+        lease.failed("connection reset")
+        await until(lambda: phase(pool)() == "failing")
+        lease.release()
+        await pool.close()
+
+    run(work())
+
+
+def test_a_busy_replica_is_not_taken_for_a_dead_one() -> None:
+    """Its probe is late, but bytes of other answers came in the meantime."""
+
+    async def work() -> None:
+        pool, probes = made("a")
+        pool.start()
+        await until(lambda: pool.states()[0].is_ready)
+        lease = pool.find_lease("m", None)
+        assert lease is not None
+        probes.results["a"] = ProbeResult(False, 30, "no token within 30 s", has_timed_out=True)
+        asked = len(probes.asked)
+        lease.alive(asyncio.get_running_loop().time() + 3600)
+        lease.failed("a single fault")
+        await until(lambda: len(probes.asked) > asked)
+        await asyncio.sleep(0.01)
+        assert pool.states()[0].is_ready
+        lease.release()
+        await pool.close()
+
+    run(work())
+
+
+def test_silence_is_probed_and_traffic_is_proof_enough() -> None:
+    async def work() -> None:
+        pool, probes = made("a", "b", probe_interval_s=0.1)
+        pool.start()
+        await until(lambda: all(state.is_ready for state in pool.states()))
+        leases = [pool.find_lease("m", None) for _ in range(2)]
+        lease = next(it for it in leases if it and it.replica.id == "a")
+        probes.asked.clear()
+        for _ in range(25):
+            lease.alive(asyncio.get_running_loop().time())
+            await asyncio.sleep(0.01)
+        assert "b" in probes.asked
+        assert probes.asked.count("a") <= 1
+        for it in leases:
+            assert it is not None
+            it.release()
+        await pool.close()
+
+    run(work())
+
+
+def test_what_has_failed_a_request_is_tried_again_only_after_a_probe() -> None:
+    async def work() -> None:
+        pool, probes = made("a")
+        pool.start()
+        await until(lambda: pool.states()[0].is_ready)
+        lease = pool.find_lease("m", None)
+        assert lease is not None
+        tried = frozenset({("a", lease.epoch)})
+        assert pool.find_lease("m", None, tried) is None
+        loop = asyncio.get_running_loop()
+        waiting = asyncio.create_task(pool.acquire("m", None, tried, loop.time() + 10))
+        await asyncio.sleep(0)
+        assert pool.held("m") == pool.held() == 1
+        lease.failed("connection reset")
+        lease.release()
+        (await waiting).release()
+        assert probes.asked == ["a", "a"]
+        assert pool.held() == 0
+        await pool.close()
+
+    run(work())
+
+
+def test_drain_waits_and_then_cuts() -> None:
+    async def work() -> None:
+        pool, _ = made("a", "b")
+        pool.start()
+        await until(lambda: all(state.is_ready for state in pool.states()))
+        leases = [pool.find_lease("m", None) for _ in range(4)]
+        on_a = [lease for lease in leases if lease and lease.replica.id == "a"]
+        assert len(on_a) == 2
+        draining = asyncio.create_task(pool.drain("a", 0.05))
+        await until(lambda: phase(pool)() == "draining")
+        assert {lease.replica.id for _ in range(5) if (lease := pool.find_lease("m", None))} == {"b"}
+        on_a[0].release()
+        on_a[1].on_cut = on_a[1].release
+        assert await draining == 1
+        assert (on_a[0].is_cut, on_a[1].is_cut) == (False, True)
+        assert await pool.drain("a", 0) == 0
+        pool.remove("a")
+        assert [state.id for state in pool.states()] == ["b"]
+        await pool.close()
+
+    run(work())
+
+
+def test_who_waits_for_a_model_that_leaves_is_told() -> None:
+    async def work() -> None:
+        pool, _ = made("a")
+        loop = asyncio.get_running_loop()
+        waiting = asyncio.create_task(pool.acquire("m", None, frozenset(), loop.time() + 10))
+        await asyncio.sleep(0)
+        pool.remove("a")
+        with pytest.raises(UnknownModelError, match="there are: none"):
+            await waiting
+
+    run(work())
+
+
+def test_a_replica_that_joins_takes_those_who_wait() -> None:
+    async def work() -> None:
+        pool, probes = made("a")
+        probes.results["a"] = ProbeResult(False, 0, "dead")
+        pool.start()
+        loop = asyncio.get_running_loop()
+        waiting = asyncio.create_task(pool.acquire("m", None, frozenset(), loop.time() + 10))
+        await asyncio.sleep(0)
+        pool.add(Replica("b", "http://127.0.0.1:2", "m", version="2"))
+        assert (await waiting).replica.version == "2"
+        await pool.close()
+
+    run(work())
+
+
+def test_models_have_replicas_of_their_own() -> None:
+    async def work() -> None:
+        pool, _ = made("a")
+        pool.add(Replica("b", "http://127.0.0.1:2", "qwen3"))
+        pool.start()
+        await until(lambda: all(state.is_ready for state in pool.states()))
+        assert pool.models() == ("m", "qwen3")
+        found = [pool.find_lease("qwen3", None) for _ in range(5)]
+        assert {lease.replica.id for lease in found if lease} == {"b"}
+        with pytest.raises(UnknownModelError, match="did you mean `qwen3`"):
+            pool.find_lease("qwen33", None)
+        await pool.close()
+
+    run(work())
+
+
+def test_what_is_typed_wrongly() -> None:
+    pool, _ = made("first", "second")
+    with pytest.raises(UserError, match="did you mean `second`"):
+        pool.remove("secnd")
+    with pytest.raises(UserError, match="there already"):
+        pool.add(Replica("first", "http://127.0.0.1:1", "m"))
