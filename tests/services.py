@@ -68,14 +68,16 @@ class Bench:
         (folder / "config.json").write_text(json.dumps(behaviour))
         return folder
 
-    def write(self, engine: str = "vllm", resources: dict[str, Any] | None = None, **changes: Any) -> Path:
+    def write(
+        self, engine: str = "vllm", resources: dict[str, Any] | None = None, start_timeout_s: float = 60, **changes: Any
+    ) -> Path:
         """The configuration of a service of one model, called `m`."""
         args = {"model": str(self.base / "model"), "served_model_name": "m"}
         model = serve_model(engine, serve_id="m", engine_args=args, resources=resources or {})
         runner = {
             "device_type": "cpu",
             "bin_dir": str(self.base / "bin"),
-            "start_timeout_s": 60,
+            "start_timeout_s": start_timeout_s,
             "deploy": {"port": self.port, "router": {"drain_timeout_s": 10}},
         }
         tree = serve_tree(model, experiment__exp_dir=str(self.exp_dir), experiment__runner=runner, **changes)
