@@ -103,6 +103,7 @@ def test_vllm_two_replicas_survive_a_death_and_an_update(bench: Bench, tiny_mode
     with bench.load(num_callers=2) as load:
         wait_for(lambda: load.num_good > 3, PATIENCE_S)
         os.kill(bench.find_pid("m-0"), signal.SIGKILL)
+        wait_for(lambda: "m-0: ended" in bench.read_log())
         wait_for(lambda: bench.look()["state"] == "ready", PATIENCE_S)
     assert len(load.faults) == load.num_begun <= 2, load.faults
     with bench.load(num_callers=2) as load:
