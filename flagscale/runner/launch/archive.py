@@ -27,6 +27,12 @@ ERRANDS = (
         for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs", "sources")
     ),
 )
+SURVEY = (
+    *ERRANDS,
+    *(f"chips/{name}.py" for name in ("ids", "parsers", "probe", "records")),
+    *(f"runner/launch/{name}.py" for name in ("network", "survey")),
+)
+"""what `flagscale check` sends along"""
 _ROOT = Path(__file__).resolve().parents[2]
 _MAIN = b"import sys\n\nfrom flagscale.runner.launch.agent import main\n\nsys.exit(main(sys.argv))\n"
 _UNCHECKED = 0b01
