@@ -18,6 +18,7 @@ from factories import ROOT, serve_model, serve_tree, write_config
 from flagscale.runner.launch.folder import find_current
 from flagscale.runner.launch.ports import find_free_port
 from flagscale.runner.launch.procs import find_ours
+from flagscale.serve.control import ask_controller
 from flagscale.serve.folder import list_replica_runs
 
 PATIENCE_S = 60.0
@@ -125,6 +126,10 @@ class Bench:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
+    def look(self) -> dict[str, Any]:
+        """As `status`, asked of the controller without a process in between."""
+        return ask_controller(self.exp_dir, "/status")
+
     def read_log(self) -> str:
         log = self.exp_dir / "serve_logs" / "host_0_localhost.output"
         return log.read_text() if log.exists() else ""
@@ -190,4 +195,4 @@ def _command_of(pid: int) -> str:
 
 def _is_engine(pid: int) -> bool:
     words = _command_of(pid)
-    return "vllm_server.py" in words or "inference.server" in words or "launch_server" in words
+    return any(name in words for name in ("vllm_server.py", "inference.server", "launch_server", "vllm serve"))

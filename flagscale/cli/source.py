@@ -42,31 +42,38 @@ def show_progress() -> "Iterator[Progress]":
     yield say
 
 
-def find_chips(words: Sequence[str], backend: str) -> tuple[str, ...]:
-    """The chips to lay patched trees for: those named, else what this machine has, if the backend is patched for it.
+def name_chip(word: str) -> str:
+    """The record's name of a chip that a user calls `word`.
 
     Raises:
-        UserError: no chip is called so, or the backend has no patches for it.
+        UserError: no chip is called so.
     """
     from flagscale.chips import CHIPS, find_chip
-    from flagscale.cli.jobs import list_patched_chips
     from flagscale.errors import UserError, find_nearest
 
+    chip = find_chip(word)
+    if chip is None:
+        near = find_nearest(word, [name for known in CHIPS for name in (known.name, *known.aliases)])
+        hint = f"; did you mean `{near}`?" if near else ""
+        raise UserError(f"{word}: no such chip; there are {', '.join(known.name for known in CHIPS)}{hint}")
+    return chip.name
+
+
+def find_chips(words: Sequence[str], backend: str) -> tuple[str, ...]:
+    """The chips to lay patched trees for: those named, else those of this machine; less those without patches.
+
+    Raises:
+        UserError: no chip is called so.
+    """
+    from flagscale.cli.jobs import list_patched_chips
+
     patched = list_patched_chips(backend)
-    if not words:
+    names = [name_chip(word) for word in words]
+    if patched and not names:
         from flagscale.chips.probe import probe_host
 
-        present = (probe_host().chip.name, "Generic_CPU") if patched else ()
-        return tuple(name for name in dict.fromkeys(present) if name in patched)
-    found: list[str] = []
-    for word in words:
-        chip = find_chip(word)
-        if chip is None:
-            near = find_nearest(word, [name for known in CHIPS for name in (known.name, *known.aliases)])
-            hint = f"; did you mean `{near}`?" if near else ""
-            raise UserError(f"{word}: no such chip; there are {', '.join(known.name for known in CHIPS)}{hint}")
-        found.append(chip.name)
-    return tuple(name for name in found if name in patched)
+        names = [probe_host().chip.name, "Generic_CPU"]
+    return tuple(name for name in dict.fromkeys(names) if name in patched)
 
 
 def fetch(pin: "Pin", dest_dir: Path, chips: Sequence[str], replace: bool) -> int:

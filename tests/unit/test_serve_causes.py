@@ -8,7 +8,8 @@ from flagscale.serve.causes import FINAL, LONGEST_LINE, explain_end, find_cause,
 
 VLLM_OOM = """\
 (EngineCore_DP0 pid=71) ERROR 11-20 23:06:01 [core.py:708] EngineCore failed to start.
-(EngineCore_DP0 pid=71) ERROR 11-20 23:06:01 [core.py:708] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate \
+(EngineCore_DP0 pid=71) ERROR 11-20 23:06:01 [core.py:708] \
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate \
 1.50 GiB. GPU 0 has a total capacity of 79.10 GiB
 Traceback (most recent call last):
 RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}

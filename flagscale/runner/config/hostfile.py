@@ -25,6 +25,8 @@ class Host:
     chip: str | None = None
     user: str | None = None
     port: int | None = None
+    is_placeholder: bool = False
+    """stands for a machine that a scheduler chooses, known once the job starts"""
 
     @property
     def is_local(self) -> bool:

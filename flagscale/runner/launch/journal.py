@@ -69,6 +69,8 @@ class Spec:
     """the file by which the agents of a run end each other (`peers.py`); empty where a host is alone"""
     neighbour: str = ""
     """the label of the host whose heartbeat this agent watches"""
+    keeper: str = ""
+    """where the process that keeps this host's place with a scheduler has written who it is (`keeper.py`)"""
     peer: str = ""
     interface_vars: tuple[str, ...] = ()
     """as of `HostPlan`"""

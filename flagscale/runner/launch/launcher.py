@@ -1,4 +1,4 @@
-"""Choosing how a plan is started: on this machine, or over SSH if one of its hosts is another one."""
+"""Choosing how a plan is started: by a scheduler, on this machine, or over SSH if one of its hosts is another one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +19,10 @@ def submit_job(
     grace_s: float = GRACE_S,
 ) -> RunRef:
     """Start a plan wherever its hosts are, as `local.submit_job` or `ssh.submit_job`, and raise what they raise."""
+    if plan.launcher == "slurm":
+        from flagscale.runner.launch import slurm
+
+        return slurm.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
     if all(host.host.is_local for host in plan.hosts):
         return local.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
     from flagscale.runner.launch import ssh

@@ -37,6 +37,13 @@ def wait_until_up(run: RunRef, plan: JobPlan, foreground: bool) -> None:
         deadline = time.monotonic() + plan.start_timeout_s
         look = Look(run, answers={})
         with show_progress() as show:
+            if run.launcher == "slurm":
+                from flagscale.runner.launch.slurm import wait_in_queue
+
+                if text := wait_in_queue(run, foreground, interrupts, show):
+                    print(f"run {run.run_id}: {text}", flush=True)
+                    return
+                deadline = time.monotonic() + plan.start_timeout_s
             while True:
                 if interrupts.num:
                     pass_notice(run)
@@ -80,7 +87,7 @@ def describe_launch(run: RunRef, plan: JobPlan, foreground: bool) -> str:
     width = max(len(name) for name, text in rows.items() if text)
     what = plan.task + (f" with {plan.backend}" if plan.backend else "")
     head = f"run {run.run_id}: {f'{plan.exp_name}, ' if plan.exp_name else ''}{what}{size} on {where}"
-    return "\n".join([head, *(f"  {name:<{width}} {text}" for name, text in rows.items() if text)])
+    return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in rows.items() if text)])
 
 
 def explain_interrupt(run: RunRef, is_stopping: bool) -> LaunchError:
