@@ -28,6 +28,12 @@ ERRANDS = (
         for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs", "sources")
     ),
 )
+SURVEY = (
+    *ERRANDS,
+    *(f"chips/{name}.py" for name in ("ids", "parsers", "probe", "records")),
+    *(f"runner/launch/{name}.py" for name in ("network", "survey")),
+)
+"""what `flagscale check` sends along"""
 _ROOT = Path(__file__).resolve().parents[2]
 _MAINS = {AGENT: "agent", KEEPER: "keeper"}
 _MAIN = "import sys\n\nfrom flagscale.runner.launch.{} import main\n\nsys.exit(main(sys.argv))\n"
