@@ -34,11 +34,13 @@ def save_adapter(folder: Path, family: str = "qwen3", seed: int = 1, **settings:
     return folder
 
 
-def make_tensors(seed: int = 1, rank: int = 2, size: float = 0.3) -> dict[str, torch.Tensor]:
-    """An adapter of the tiny Qwen3's first query projection."""
+def make_tensors(
+    seed: int = 1, size: float = 0.3, projection: str = "q_proj", shape: tuple[int, int] = (64, 32)
+) -> dict[str, torch.Tensor]:
+    """An adapter of rank 2 for a projection in the first layer, by default of the tiny Qwen3's queries."""
     generator = torch.Generator().manual_seed(seed)
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    name = f"base_model.model.model.layers.0.self_attn.{projection}"
     return {
-        f"{name}.lora_A.weight": torch.randn(rank, 32, generator=generator) * size,
-        f"{name}.lora_B.weight": torch.randn(64, rank, generator=generator) * size,
+        f"{name}.lora_A.weight": torch.randn(2, shape[1], generator=generator) * size,
+        f"{name}.lora_B.weight": torch.randn(shape[0], 2, generator=generator) * size,
     }

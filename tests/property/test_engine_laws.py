@@ -1,6 +1,5 @@
 """Whatever arrives, in whatever order, under whatever shortage: the same answers, and every page accounted for."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from engine_adapters import make_tensors  # noqa: E402
+from engine_load import check_books  # noqa: E402
 from engine_models import VOCAB, make_model  # noqa: E402
 
 from flagscale.inference.engine import Engine, EngineConfig, OutputSum, SamplingParams  # noqa: E402
@@ -58,17 +58,6 @@ def arrivals() -> st.SearchStrategy[list[Arrival]]:
 def load_adapters(engine: Engine) -> None:
     for seed, name in enumerate("ab"):
         engine.load_adapter(name, make_tensors(seed, size=1.0), {"r": 2, "lora_alpha": 2})
-
-
-def check_books(engine: Engine) -> None:
-    """Each page has the owners that its samples say, and nobody owns a page while waiting."""
-    pool, scheduler = engine._pool, engine._scheduler
-    owners = Counter(page for sample in scheduler.running for page in sample.pages)
-    assert all(pool.owners[page] == owners[page] for page in range(pool.num_pages + 1))
-    assert all(not sample.pages for sample in scheduler.waiting)
-    assert pool.num_available == pool.num_pages - len(owners)
-    assert len(scheduler.running) <= engine.config.max_running
-    assert scheduler.running == sorted(scheduler.running, key=lambda sample: sample.priority)
 
 
 def play(engine: Engine, script: list[Arrival]) -> dict[int, OutputSum]:

@@ -98,7 +98,8 @@ class AdapterTable:
         Raises:
             UserError: it cannot be read, does not fit the model, or does not fit the memory.
         """
-        path = None
+        path: str | None = None
+        tensors: Tensors
         files = read_adapter(source) if isinstance(source, str | Path) else source
         if isinstance(files, AdapterFiles):
             path, tensors, config = files.path, files.tensors, files.config
