@@ -17,11 +17,13 @@ AGENT = tuple(
     f"runner/launch/{name}.py"
     for name in ("agent", "journal", "network", "notice", "peers", "procs", "stacks", "watch", "wire")
 )
+_OF_LAUNCH = ("capacity", "checks", "errands", "files", "journal", "notice", "ports", "procs")
 ERRANDS = (
     "errors.py",
+    *(f"chips/{name}.py" for name in ("__init__", "ids", "parsers", "probe", "records")),
     "runner/config/hostfile.py",
     "runner/plan/job.py",
-    *(f"runner/launch/{name}.py" for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs")),
+    *(f"runner/launch/{name}.py" for name in _OF_LAUNCH),
 )
 _ROOT = Path(__file__).resolve().parents[2]
 _MAIN = b"import sys\n\nfrom flagscale.runner.launch.agent import main\n\nsys.exit(main(sys.argv))\n"

@@ -47,7 +47,7 @@ def plan_rl(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
                     arguments=tuple((name, freeze(value)) for name, value in arguments),
                     env=env,
                     path_dirs=(*((site.sources["verl"],) if "verl" in site.sources else ()), site.root),
-                    bin_dirs=bin_dirs_of(site),
+                    bin_dirs=bin_dirs_of(config, site, host),
                 ),
             )
         rows.append(plan_host(config, outputs, host, node_rank, processes))
