@@ -17,6 +17,8 @@ VERBS = {
     "list": ("list_runs", "list the runs of this user"),
     "rerun": ("rerun", "start the job of an earlier run again"),
     "source": ("source", "fetch a backend's pinned source, or say what state it is in"),
+    "install": ("install", "get a backend for a chip: fetch, patch, install or put on the path of jobs"),
+    "patch": ("patch", "apply a vendor's patches to a backend, make them, and say what is applied"),
     "devices": ("devices", "say what accelerators this machine has, and how that was found out"),
     "doctor": ("doctor", "say what this machine has, what is missing, and how to get it"),
     "completion": ("completion", "print the shell code that completes this command"),

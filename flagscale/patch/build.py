@@ -101,7 +101,7 @@ def build_patched(hold: Hold, fresh: Path, fit: Fit, draft: Record) -> None:
     names = set(fit.expected)
     folders = set(walk(fresh)[0])
     base = _keep_base(fresh, names)
-    apply_diff(fresh, fit.stream, pass_fds=(hold.lock,))
+    apply_diff(fresh, fit.stream, hold.work, pass_fds=(hold.lock,))
     results = {name: read_digest(fresh, name) for name in sorted(names)}
     wrong = [n for n, found in results.items() if (found.sha256 if found else None) != fit.expected[n]]
     if wrong:

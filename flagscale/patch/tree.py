@@ -86,6 +86,11 @@ def write_content(path: Path, content: Content) -> None:
         path.chmod(path.stat().st_mode | 0o111)
 
 
+def is_derived(name: str) -> bool:
+    """Whether a file is a cache or a product of an interpreter or a compiler."""
+    return name.endswith(DERIVED_SUFFIXES) or CACHE_DIR in name.split("/")
+
+
 def list_files(tree: Path, below: str = "") -> Iterator[tuple[str, os.stat_result]]:
     """(name, lstat) of every file of the source: without caches, git's folder and what is ours."""
     with os.scandir(tree / below) as entries:

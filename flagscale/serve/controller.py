@@ -93,6 +93,7 @@ class Controller:
         if state is not None and state.run_id == self.run_id:
             self.service, self.version = decode_service(state.service), state.version
             self.origin = self.fleet.origin = replace(self.origin, config=state.config)
+        self.pool.expect(model.served_name for model in self.service.models)
         for model in self.service.models:
             wanted = model.scaling.initial
             if state is not None and state.run_id == self.run_id:
@@ -193,6 +194,7 @@ class Controller:
             self.fit_all()
             return
         self.service, self.version = service, version
+        self.pool.expect(model.served_name for model in service.models)
         self.origin = self.fleet.origin = replace(self.origin, config=config)
         gone = [post for post in self.fleet.posts if post.version != version and post.is_filled]
         await asyncio.gather(*(self.fleet.retire(post, self.settings.drain_timeout_s) for post in gone))

@@ -180,6 +180,7 @@ class Fleet:
             else:
                 self.tell(f"{post.name}: run {post.run.run_id} lives, and is taken over")
             self._let_in(post, post.run)
+            self.tell(f"{post.name}: run {post.run.run_id} is at {url_of(post.run, post.job)}")
             return await self._watch(post, post.run)
         except FlagScaleError as error:
             return Cause("other", str(error))
@@ -207,7 +208,6 @@ class Fleet:
         if post.pool_id:
             self.pool.remove(post.pool_id)
         post.pool_id = replica.id
-        self.tell(f"{post.name}: run {run.run_id} is starting at {replica.url}")
 
     async def _watch(self, post: Post, run: RunRef) -> Cause:
         look, clock = Look(run), asyncio.get_running_loop().time
@@ -231,7 +231,7 @@ class Fleet:
     def _note_ready(self, post: Post, took_s: float) -> None:
         if post.state != "ready":
             self.tell(f"{post.name}: ready after {took_s:.0f} s")
-        post.was_ready = True
+        post.was_ready, post.cause = True, None
         self.first_ready.add(post.model.name)
         post.enter("ready")
 

@@ -147,7 +147,7 @@ def send_errand(**request: Any) -> dict[str, Any]:
 
 def check_request(plan: JobPlan, path: Path, nonce: str, is_head: bool = True) -> dict[str, Any]:
     alone = replace(plan, hosts=plan.hosts[:1])
-    return {"plan": encode_plan(alone), "nonce_path": str(path), "nonce": nonce, "is_head": is_head}
+    return {"plan": encode_plan(alone), "nonce_path": str(path), "nonce": nonce, "is_head": is_head, "patches": {}}
 
 
 def test_a_host_checks_its_part_of_the_plan(tmp_path: Path) -> None:
@@ -333,6 +333,9 @@ def test_a_host_s_own_word_goes_over_its_heartbeat(
         }
 
     monkeypatch.setattr(reach.Links, "call", call)
+    monkeypatch.setattr(
+        reach.Links, "run_all", lambda _self, commands, _limit_s: dict.fromkeys(commands, reach.Reply({}))
+    )
     found = query_run(run)
     assert asked == ["host_0_a", "host_1_b"]
     assert found.state == state

@@ -8,9 +8,10 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from flagscale import env
+from flagscale.errors import find_nearest
 from flagscale.runner.config.section import Section
 
 Seconds = float
@@ -73,6 +74,22 @@ def _read_json(value: Any) -> Any:
     return read
 
 
+def _check_router(values: dict[str, Any]) -> dict[str, Any]:
+    """Only what is the user's to set: address and keys come from elsewhere."""
+    from flagscale.serve.router.settings import RouterSettings
+
+    known = RouterSettings.model_fields.keys() - {"host", "port", "api_keys"}
+    for name in values.keys() - known:
+        near = find_nearest(name, known)
+        raise ValueError(f"settings of the router, which has no `{name}`" + f"; did you mean `{near}`?" * bool(near))
+    try:
+        RouterSettings(**values)
+    except ValidationError as error:
+        row = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ValueError(f"for `{'.'.join(map(str, row['loc']))}`: {row['msg']}") from None
+    return values
+
+
 VariableName = Annotated[str, AfterValidator(_check_variable)]
 Program = Annotated[str, AfterValidator(_check_program)]
 Environment = dict[VariableName, str]
@@ -106,7 +123,7 @@ class Deploy(Section):
     """the address that it listens on; default the model's own `host`, else 127.0.0.1"""
     api_key_env: VariableName | None = None
     """the environment variable that holds the service's API key; needed for any address but the loopback's"""
-    router: dict[str, Any] = Field(default_factory=dict)
+    router: Annotated[dict[str, Any], AfterValidator(_check_router)] = Field(default_factory=dict)
     """settings of the router in front of the replicas"""
     use_fs_serve: bool = True
     enable_composition: bool = False

@@ -17,10 +17,11 @@ AGENT = tuple(
     f"runner/launch/{name}.py"
     for name in ("agent", "journal", "network", "notice", "peers", "procs", "stacks", "watch", "wire")
 )
-_OF_LAUNCH = ("capacity", "checks", "errands", "files", "journal", "notice", "ports", "procs")
+_OF_LAUNCH = ("capacity", "checks", "errands", "files", "journal", "notice", "ports", "procs", "sources")
 ERRANDS = (
     "errors.py",
     *(f"chips/{name}.py" for name in ("__init__", "ids", "parsers", "probe", "records")),
+    *(f"patch/{name}.py" for name in ("state", "tree", "upstream")),
     "runner/config/hostfile.py",
     "runner/plan/job.py",
     *(f"runner/launch/{name}.py" for name in _OF_LAUNCH),

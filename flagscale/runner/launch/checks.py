@@ -60,9 +60,18 @@ def _find_program_fault(process: ProcessSpec, env: Mapping[str, str]) -> str | N
     if not os.access(program, os.X_OK):
         return f"program {program} is missing or may not be executed"
     module = words[2].split(".")[0] if program == sys.executable and words[1:2] == ["-m"] else None
-    if module and importlib.util.find_spec(module) is None:
+    if module and not _has_module(module):
         return f"module `{module}` is not installed for {program}"
     return None
+
+
+def _has_module(name: str) -> bool:
+    """Also where Python was started without its site-packages."""
+    if sys.flags.no_site:
+        import site
+
+        site.main()
+    return importlib.util.find_spec(name) is not None
 
 
 def _find_faults(host: HostPlan, process: ProcessSpec, env: Mapping[str, str]) -> Iterator[str]:

@@ -4,7 +4,7 @@ The launcher sends an archive of the few files that are needed and one line of J
 its standard input, keeps the archive in memory, and prints one line of JSON. Nothing is installed, nothing stays but
 what `place` was given, and the host's answers come from the same code that checks this machine.
 
-    check    plan nonce_path nonce is_head known_run -> faults [[kind, text]..], notes, port, is_shared
+    check    plan nonce_path nonce is_head known_run patches -> faults [[kind, text]..], notes, port, is_shared
     ask      machine pids token                      -> is_watched, num_left
     end      machine pids signum notice              -> {}
     owner    machine pids                            -> owner, who alone may end the run's processes, or null
@@ -38,6 +38,7 @@ from flagscale.runner.launch.checks import check_outputs, check_programs, choose
 from flagscale.runner.launch.files import NewFile, Written, write_all
 from flagscale.runner.launch.journal import find_rank_files, load_events, load_spec, read_tail
 from flagscale.runner.launch.notice import Notice, write_notice
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.plan.job import JobPlan, decode_plan
 
 TAIL_BYTES = 1 << 14
@@ -96,7 +97,11 @@ def _find_faults(request: dict[str, Any], plan: JobPlan, unshared: str | None) -
     if unshared and plan.no_shared_fs and (living := _find_living(plan, request["known_run"])):
         yield "launch", living
     yield from (("launch", text) for text in find_disk_faults(plan))
-    for look in (partial(check_programs, plan, os.environ), partial(check_outputs, plan)):
+    for look in (
+        partial(check_programs, plan, os.environ),
+        partial(check_trees, plan, request["patches"]),
+        partial(check_outputs, plan),
+    ):
         try:
             look()
         except FlagScaleError as error:

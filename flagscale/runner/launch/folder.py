@@ -27,6 +27,7 @@ from flagscale.runner.launch.archive import build_archive
 from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder
 from flagscale.runner.launch.journal import Entry, Spec, load_spec
 from flagscale.runner.launch.provenance import query_environment, query_git
+from flagscale.runner.launch.sources import query_trees
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec, decode_plan, encode_plan
 from flagscale.runner.render.script import render_script
 
@@ -237,6 +238,7 @@ def describe_job(
         "values": dict(values),
         "git": query_git(Path.cwd()),
         "environment": query_environment(),
+        "trees": query_trees(plan),
         "plan": encode_plan(plan),
         "config": config,
     }

@@ -35,8 +35,10 @@ from flagscale.runner.launch.folder import (
     make_run_id,
     ref_of,
 )
+from flagscale.runner.launch.patches import expect_patches
 from flagscale.runner.launch.procs import end_leftovers
 from flagscale.runner.launch.record import HostRecord, load_records
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.launch.startup import explain_interrupt, wait_until_up
 from flagscale.runner.plan.job import JobPlan, LaunchName
 
@@ -83,6 +85,7 @@ def submit_job(
     check_local(plan)
     secrets = gather_secrets(plan, env)
     check_programs(plan, env)
+    check_trees(plan, expect_patches(plan))
     check_outputs(plan)
     check_capacity(plan)
     exp_dir = Path(plan.exp_dir)
@@ -164,7 +167,7 @@ def hand_over(run: RunRef, label: str, secrets: Mapping[str, str], env: Mapping[
     Raises:
         LaunchError: it did not answer.
     """
-    argv = [sys.executable, "-I", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
+    argv = [sys.executable, "-I", "-S", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
     try:
         done = subprocess.run(
             argv,

@@ -22,6 +22,7 @@ from flagscale.runner.launch.folder import Remote, RunRef
 from flagscale.runner.launch.mirror import fetch_reports, find_away
 from flagscale.runner.launch.notice import Notice, load_notice
 from flagscale.runner.launch.procs import end_leftovers
+from flagscale.runner.launch.pulse import render_pulse
 from flagscale.runner.launch.record import Answer, HostRecord, load_records
 
 CONNECT_LIMIT_S = 10.0
@@ -74,7 +75,7 @@ class Links:
         def run(label: str) -> Reply:
             request = json.dumps({"errand": errand, **requests[label]}).encode()
             text = f"{len(self.archive)}\n".encode() + self.archive + request + b"\n"
-            return self._run(label, [self.remotes[label].python, "-I", "-c", BOOT], text, limit_s)
+            return self._run(label, [self.remotes[label].python, "-I", "-S", "-c", BOOT], text, limit_s)
 
         return self.each(requests, run)
 
@@ -157,7 +158,7 @@ def ask_hosts(run: RunRef, links: Links | None = None) -> dict[str, Answer]:
         with Links(run.remotes) as links:
             return ask_hosts(run, links)
     away = find_away(waiting)
-    replies = links.call("ask", {record.label: watchers_of(record) for record in waiting if record not in away})
+    replies = _ask_shared([record for record in waiting if record not in away], links)
     replies |= fetch_reports(away, links) if away else {}
     return {
         label: Answer(unreachable=reply.fault)
@@ -165,6 +166,14 @@ def ask_hosts(run: RunRef, links: Links | None = None) -> dict[str, Answer]:
         else Answer(reply.answer["is_watched"], reply.answer["num_left"])
         for label, reply in replies.items()
     }
+
+
+def _ask_shared(records: Sequence[HostRecord], links: Links) -> dict[str, Reply]:
+    watchers = {record.label: watchers_of(record) for record in records}
+    replies = links.run_all({label: (render_pulse(row), b"") for label, row in watchers.items()}, ASK_LIMIT_S)
+    dead = [label for label, reply in replies.items() if not (reply.fault or reply.answer.get("is_watched"))]
+    replies = {label: Reply({"num_left": 0, **reply.answer}, reply.fault) for label, reply in replies.items()}
+    return replies | links.call("ask", {label: watchers[label] for label in dead})
 
 
 def load_true_records(run: RunRef) -> tuple[HostRecord, ...]:
@@ -180,6 +189,7 @@ def clean_hosts(run: RunRef, links: Links, grace_s: float) -> int:
         record.label: {"token": record.spec.token, "grace_s": grace_s}
         for record in records
         if record.label in links.remotes and not record.is_here and record.find("agent_started")
+        if not record.has_ended  # the last word of an agent that left nothing
     }
     replies = links.call("clean", requests, grace_s + ASK_LIMIT_S)
     return total + sum(int(reply.answer.get("num_left", 0)) for reply in replies.values())
@@ -194,15 +204,12 @@ def signal_hosts(run: RunRef, links: Links, signum: int, labels: Iterable[str] |
     """
     wanted = set(run.labels if labels is None else labels)
     records = [record for record in find_askable(run, load_records(run)) if record.label in wanted]
+    shared = [record for record in records if record.mirror is None]
+    links.run_all({record.label: (render_pulse(watchers_of(record), signum), b"") for record in shared}, ASK_LIMIT_S)
     notice = load_notice(run.notice_path)
     said = {"path": str(run.notice_path), **asdict(notice)} if notice else None
-    links.call(
-        "end",
-        {
-            record.label: {**watchers_of(record), "signum": signum, "notice": said if record.mirror else None}
-            for record in records
-        },
-    )
+    away = [record for record in records if record.mirror is not None]
+    links.call("end", {record.label: {**watchers_of(record), "signum": signum, "notice": said} for record in away})
 
 
 def pass_notice(run: RunRef, links: Links | None = None) -> None:
@@ -230,18 +237,25 @@ class Look:
     `links`.
 
     also: what else to fetch of hosts with a folder of their own that answer; returns label -> why it could not be
+    answers: what hosts said a moment ago, so that they are not asked at once; empty where all have just been started
     """
 
-    def __init__(self, run: RunRef, links: Links | None = None, also: Fetch | None = None) -> None:
+    def __init__(
+        self,
+        run: RunRef,
+        links: Links | None = None,
+        also: Fetch | None = None,
+        answers: Mapping[str, Answer] | None = None,
+    ) -> None:
         self.run = run
         self.links = links or Links(run.remotes)
         self.also = also
         self.has_away = any(not remote.is_shared for remote in run.remotes)
-        self.answers: dict[str, Answer] = {}
+        self.answers = dict(answers or {})
         self.silent_since: dict[str, float] = {}
         self.unread: dict[str, str] = {}
         self.passed: Notice | None = None
-        self.next_ask = 0.0
+        self.next_ask = 0.0 if answers is None else time.monotonic() + ASK_EVERY_S
         self.asking: threading.Thread | None = None
 
     def load_records(self) -> tuple[HostRecord, ...]:

@@ -41,8 +41,10 @@ from flagscale.runner.launch.folder import (
 )
 from flagscale.runner.launch.local import GRACE_S, HANDOVER_LIMIT_S, hand_over, refuse_living, strip_secrets
 from flagscale.runner.launch.notice import Notice, write_notice
+from flagscale.runner.launch.patches import expect_patches
 from flagscale.runner.launch.reach import Links, Look, Reply, ask_hosts, clean_hosts, signal_hosts
 from flagscale.runner.launch.record import load_records
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.launch.startup import explain_interrupt
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, encode_plan
 
@@ -123,11 +125,12 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
     faults: list[tuple[str, Fault]] = []
     port = plan.master_port or 0
     away: set[str] = set()
-    replies = _ask_ready(plan, links)
+    patches = expect_patches(plan)
+    replies = _ask_ready(plan, links, patches)
     for host in plan.hosts:
         name = host.host.name
         if host.label not in replies:
-            faults += [(kind, (name, text)) for kind, text in _check_here(plan, host, env)]
+            faults += [(kind, (name, text)) for kind, text in _check_here(plan, host, env, patches)]
             port = port or choose_port(plan)
             continue
         reply = replies[host.label]
@@ -144,7 +147,7 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
     return Ready(port, frozenset(away))
 
 
-def _ask_ready(plan: JobPlan, links: Links) -> dict[str, Reply]:
+def _ask_ready(plan: JobPlan, links: Links, patches: Mapping[str, str]) -> dict[str, Reply]:
     current = find_current(Path(plan.exp_dir))
     with _place_nonce(Path(plan.exp_dir)) as (path, nonce):
         requests = {
@@ -154,6 +157,7 @@ def _ask_ready(plan: JobPlan, links: Links) -> dict[str, Reply]:
                 "nonce": nonce,
                 "is_head": host is plan.hosts[0],
                 "known_run": current.run_id if current else None,
+                "patches": patches,
             }
             for host in plan.hosts
             if host.label in links.remotes
@@ -171,11 +175,14 @@ def raise_faults(faults: Sequence[tuple[str, Fault]], num_hosts: int) -> None:
         raise error(describe_faults([fault for _, fault in faults], num_hosts))
 
 
-def _check_here(plan: JobPlan, host: HostPlan, env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _check_here(
+    plan: JobPlan, host: HostPlan, env: Mapping[str, str], patches: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """A plan may name this machine beside others."""
     alone = replace(plan, hosts=(host,))
     try:
         check_programs(alone, env)
+        check_trees(alone, patches)
         check_outputs(alone)
         check_capacity(alone)
     except FlagScaleError as error:
@@ -277,7 +284,7 @@ def start_agents(run: RunRef, links: Links, secrets: Mapping[str, str], env: Map
     line = json.dumps(dict(secrets)).encode() + b"\n"
     archive = str(run.folder / "agent.pyz")
     commands = {
-        label: ([remote.python, "-I", archive, str(run.spec_path(label))], line)
+        label: ([remote.python, "-I", "-S", archive, str(run.spec_path(label))], line)
         for label, remote in links.remotes.items()
     }
     with catch_interrupts(run, stops_job=False) as interrupts:

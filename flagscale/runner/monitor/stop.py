@@ -78,8 +78,7 @@ def stop_run(run: RunRef, force: bool = False, wait: Callable[[], None] | None =
             tell_to_end(run, by, force)
             reached = [record.label for record in records if not (record.answer and record.answer.unreachable)]
             signal_hosts(run, links, signal.SIGUSR1 if force else signal.SIGTERM, reached)
-        look = Look(run, links)
-        look.answers = answers
+        look = Look(run, links, answers=answers)
         _wait_for_end(run, look, wait)
         grace_s = 0.0 if force else max(record.spec.grace_s for record in records)
         num_leftovers = clean_hosts(run, links, grace_s)

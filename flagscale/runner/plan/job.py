@@ -38,6 +38,18 @@ Word: TypeAlias = str | AtLaunch
 
 
 @dataclass(frozen=True, slots=True)
+class BackendTree:
+    """A folder that a process imports its backend from.
+
+    chip: whose patch set the folder must bear; None where any will do
+    """
+
+    path: str
+    backend: str
+    chip: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """One process group on one host: a program, or a torchrun with its ranks.
 
@@ -50,6 +62,7 @@ class ProcessSpec:
     env: exported in this order; names in `JobPlan.secrets` are not here, the agent puts them in at launch
     path_dirs: put before PYTHONPATH
     bin_dirs: put before PATH
+    tree: the backend's; it stands in path_dirs too
     """
 
     name: str
@@ -64,6 +77,7 @@ class ProcessSpec:
     env: tuple[tuple[str, Word], ...] = ()
     path_dirs: tuple[str, ...] = ()
     bin_dirs: tuple[str, ...] = ()
+    tree: BackendTree | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +180,8 @@ def _process(row: dict[str, Any]) -> ProcessSpec:
     env = tuple((name, _word(value)) for name, value in row["env"])
     dirs = {name: tuple(row[name]) for name in ("path_dirs", "bin_dirs")}
     arguments = tuple((name, freeze(value)) for name, value in row["arguments"])
-    return ProcessSpec(**{**row, **dirs, "argv": words, "env": env, "arguments": arguments})
+    tree = BackendTree(**row["tree"]) if row.get("tree") else None
+    return ProcessSpec(**{**row, **dirs, "argv": words, "env": env, "arguments": arguments, "tree": tree})
 
 
 def _host(row: dict[str, Any]) -> HostPlan:
