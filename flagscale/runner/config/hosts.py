@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 from flagscale.chips import find_chip
-from flagscale.errors import Fault
+from flagscale.errors import Fault, find_nearest
 from flagscale.runner.config.experiment import Experiment
 from flagscale.runner.config.hostfile import Host
 
@@ -50,7 +50,18 @@ def choose_hosts(
         if _needs_master(experiment) and hosts[0].is_local and not all(host.is_local for host in hosts):
             text = f"is missing: the first host is `{hosts[0].name}`, a name by which the others would mean themselves"
             faults.append(Fault(MASTER, text, expected="a name or an address by which they reach it"))
+    faults += _find_python_faults(experiment, listed or hosts)
     return tuple(_with_ranks(host, experiment, faults) for host in hosts), faults, warnings
+
+
+def _find_python_faults(experiment: Experiment, listed: tuple[Host, ...]) -> list[Fault]:
+    names = [host.name for host in listed]
+    python = experiment.runner.python
+    unknown = [name for name in python if name not in names] if isinstance(python, dict) else []
+    return [
+        Fault(f"experiment.runner.python.{name}", "is no host of this job", suggestion=find_nearest(name, names))
+        for name in unknown
+    ]
 
 
 def _needs_master(experiment: Experiment) -> bool:

@@ -15,7 +15,14 @@ from typing import Any
 
 from flagscale import env as settings
 from flagscale.errors import LaunchError
-from flagscale.runner.launch.checks import check_local, check_outputs, check_programs, choose_port, gather_secrets
+from flagscale.runner.launch.checks import (
+    check_capacity,
+    check_local,
+    check_outputs,
+    check_programs,
+    choose_port,
+    gather_secrets,
+)
 from flagscale.runner.launch.ending import ask_to_end, catch_interrupts
 from flagscale.runner.launch.files import make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
@@ -81,6 +88,7 @@ def submit_job(
     check_programs(plan, env)
     check_trees(plan, expect_patches(plan))
     check_outputs(plan)
+    check_capacity(plan)
     exp_dir = Path(plan.exp_dir)
     made = make_folder(exp_dir / "runs")
     run: RunRef | None = None

@@ -33,6 +33,7 @@ CUT_OFF_AFTER_S = 30.0
 MOST_THREADS = 64
 ASK_AWAY_EVERY_S = 2.0
 """Of hosts whose journals have to be fetched."""
+_OF_DOCKER = "Error response from daemon"
 Result = TypeVar("Result")
 _MISSING = (126, 127)
 """exit codes of a shell that cannot run a program"""
@@ -104,14 +105,14 @@ class Links:
         try:
             if label not in self.open:
                 self.open[label] = open_connection(self.remotes[label], self.accept_new, self.limit_s)
-            code, out, err = self.open[label].run(words, text, limit_s)
+            code, out, err = self.open[label].run(self.remotes[label].enter(words), text, limit_s)
         except LinkError as error:
             if broken := self.open.pop(label, None):
                 broken.close()
             return Reply({}, str(error))
         told = err.decode(errors="replace").strip()
-        if code in _MISSING:
-            return Reply({}, f"has no interpreter {words[0]}: {told}; expected the launcher's own, on the same path")
+        if code in _MISSING or (code == 1 and _OF_DOCKER in told):
+            return Reply({}, _explain_missing(self.remotes[label], told))
         lines = out.decode(errors="replace").strip().splitlines()
         try:
             if code != 0:
@@ -119,6 +120,23 @@ class Links:
             return Reply(json.loads(lines[-1]))
         except (ValueError, IndexError):
             return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {told or out.decode(errors='replace')}")
+
+
+def _explain_missing(remote: Remote, told: str) -> str:
+    """Why not even Python could be run."""
+    if remote.container and _OF_DOCKER in told:
+        return f"has no running container `{remote.container}` (`experiment.runner.docker`): {told}"
+    if remote.container and "docker" in told and "OCI" not in told:
+        return f"cannot run `docker`: {told}"
+    if remote.container:
+        return (
+            f"has no {remote.python} in its container `{remote.container}`: {told}; name the interpreter there by "
+            "`experiment.runner.python`"
+        )
+    return (
+        f"has no interpreter {remote.python}: {told}; expected the launcher's own, on the same path, or the one that "
+        "`experiment.runner.python` names"
+    )
 
 
 def watchers_of(record: HostRecord) -> dict[str, Any]:
