@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flagscale.cli.patch_releases import add_rebase, add_verify, rebase, verify
+
 if TYPE_CHECKING:
     from flagscale.patch.apply import Outcome
     from flagscale.patch.pins import Pin
@@ -22,6 +24,8 @@ ACTIONS = {
     "status": "say what is applied, and what else was changed",
     "diff": "show how the tree differs from upstream",
     "export": "make a patch set of an edited tree",
+    "verify": "try a patch set on other releases, and show how it decays",
+    "rebase": "carry a patch set to another release, as far as it goes",
 }
 
 
@@ -40,20 +44,32 @@ def add_series(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", type=Path, metavar="FOLDER", help="where patch sets lie; default: hardware/")
 
 
+def add_import(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from flagscale.cli import patch_import
+
+    patch_import.add_words(actions.add_parser("import", help=patch_import.SUMMARY, description=patch_import.SUMMARY))
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flagscale patch", description=SUMMARY)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join((*ACTIONS, "import")))
     subs = {action: actions.add_parser(action, help=text, description=text) for action, text in ACTIONS.items()}
     for sub in subs.values():
         add_target(sub)
-    for action in ("apply", "export"):
+    for action in ("apply", "export", "verify", "rebase"):
         add_series(subs[action])
     for action in ("apply", "revert"):
         subs[action].add_argument("--stash", action="store_true", help="keep local edits as a patch and take them out")
         subs[action].add_argument("--dry-run", action="store_true", help="show the diff and change nothing")
+    for action in ("apply", "verify", "rebase"):
+        subs[action].add_argument("--no-common", action="store_true", help="leave out the patch set for every chip")
+    subs["apply"].add_argument("--task", help="refuse a vendor's patch set that is not for this task")
     subs["apply"].add_argument("--3way", dest="three_way", action="store_true", help="merge what does not fit as it is")
     subs["apply"].add_argument("--partial", action="store_true", help="apply what fits, and say what is left")
     add_export(subs["export"])
+    add_verify(subs["verify"])
+    add_rebase(subs["rebase"])
+    add_import(actions)
     return parser
 
 
@@ -140,14 +156,19 @@ def find_layer_folders(args: argparse.Namespace) -> list[Path]:
         hint = f"; did you mean `{near}`?" if near else ""
         there_are = ", ".join(known) or "none"
         raise UserError(f"{args.device_type}: no patches for {backend} in {hardware}; there are: {there_are}{hint}")
-    return [hardware / name / backend for name in dict.fromkeys((COMMON, args.device_type)) if name in known]
+    below = () if args.no_common else (COMMON,)
+    return [hardware / name / backend for name in dict.fromkeys((*below, args.device_type)) if name in known]
 
 
 def load_layers(args: argparse.Namespace) -> "list[Series]":
+    from flagscale.errors import UserError
     from flagscale.patch.package import below_package
     from flagscale.patch.series import load_series
 
     layers = [load_series(folder) for folder in find_layer_folders(args)]
+    served = layers[-1].tasks
+    if getattr(args, "task", None) and served and args.task not in served:
+        raise UserError(f"{layers[-1].name}: for {', '.join(served)}, not for {args.task}")
     return [below_package(layer, args.package) for layer in layers] if args.package else layers
 
 
@@ -312,9 +333,28 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def try_releases(args: argparse.Namespace) -> int:
+    from flagscale.errors import UserError
+    from flagscale.patch.series import load_series
+
+    if args.package:
+        raise UserError("releases are tried on sources: name the backend, and no --package")
+    pin = _pin(args.backend) if args.backend else None
+    tree = find_tree(args) if args.backend or args.tree else None
+    folders = find_layer_folders(args)
+    layers = [load_series(folder) for folder in folders]
+    if args.action == "rebase":
+        return rebase(args, pin, tree, layers, folders[-1])
+    return verify(args, pin, tree, layers)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the verb; `status` has exit code 1 for a tree that is neither clean nor patched and nothing else."""
     args = make_parser().parse_args(argv)
     enter_working_folder()
+    from flagscale.cli import patch_import
+
     actions = {"apply": apply, "revert": revert, "status": status, "diff": diff, "export": export}
+    actions |= {"verify": try_releases, "rebase": try_releases}
+    actions["import"] = patch_import.run
     return actions[args.action](args)

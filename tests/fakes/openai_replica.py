@@ -73,6 +73,8 @@ class FakeReplica:
     """requests whose caller left before the end"""
     pad_chars: int = 0
     """how much longer than its word each piece of a stream is"""
+    refused_paths: tuple[str, ...] = ()
+    """what the model cannot do"""
     keeps_requests: bool = True
     _runner: web.AppRunner | None = None
 
@@ -115,6 +117,8 @@ class FakeReplica:
         body = await asked.json()
         if self.api_key and asked.headers.get("Authorization") != f"Bearer {self.api_key}":
             return _error(401, "wrong key")
+        if asked.path in self.refused_paths:
+            return _error(400, f"{self.model} does not do that")
         if body.get("model") != self.model:
             return _error(404, f"no model {body.get('model')}")
         is_probe = body.get("max_tokens") == 1 and (body.get("prompt") == "1" or "messages" in body)

@@ -272,7 +272,7 @@ def test_a_conflict_stays_a_refusal(tmp_path: Path, series: Series) -> None:
     (tree / "pkg" / "a.py").write_bytes(LINES.replace(b"line 5\n", b"line V\n"))
     commit_all(tree, "Second release")
     told = refusal(tree, series, options=Options(find_base=make_find_base([tree])))
-    assert "a three-way merge leaves 1 places open" in told
+    assert "a three-way merge leaves 1 place open" in told
 
 
 def test_partial_keeps_what_fits_and_writes_the_rest(tmp_path: Path, series: Series) -> None:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from flagscale import env
 from flagscale.errors import find_nearest
 from flagscale.runner.config.section import Section
+from flagscale.runner.config.slurm import Slurm
 
 Seconds = float
 TaskType = Literal["train", "inference", "serve", "compress", "rl"]
@@ -179,9 +180,10 @@ class Torchrun(Section):
 class Runner(Torchrun):
     """Where and how the job's processes are started."""
 
-    type: Literal["ssh", "local", "cloud"] = "ssh"
+    type: Literal["ssh", "local", "cloud", "ray", "slurm"] = "ssh"
     """ssh: the hosts of `hostfile`, this machine where there is none; local: this machine alone; cloud: this machine as
-    `node_rank` of `nnodes`"""
+    `node_rank` of `nnodes`; ray: places of a Ray cluster, ours over `hostfile` or the one at `ray_address`; slurm:
+    nodes that Slurm chooses"""
     backend: Annotated[str, AfterValidator(_check_program)] = "torchrun"
     bin_dir: str | None = None
     """a folder put first on PATH: where the `vllm`, `python` or `llama-server` of a service's engine lies"""
@@ -210,6 +212,11 @@ class Runner(Torchrun):
     """the chip of hosts whose hostfile line names none: a record of `flagscale.chips`, or `gpu`, `cpu`"""
     ray_port: int = Field(default=6379, ge=1, le=65535)
     ray_dashboard_port: int = Field(default=8265, ge=1, le=65535)
+    ray_address: str | None = None
+    """a running Ray cluster to take places of: `host:port`, or `auto` for the one that this machine is part of"""
+    ray_wait_s: Seconds = Field(default=60, gt=0)
+    """how long a launch waits for Ray to give the places that it asks for"""
+    slurm: Slurm = Field(default_factory=Slurm)
     runtime_env: str | None = None
     cli_args: CliArgs | None = None
     deploy: Deploy = Field(default_factory=Deploy)

@@ -26,7 +26,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ CHUNK_BYTES = 1 << 22
 BOOT = (
     "import os,sys;sys.version_info<(3,11)and sys.exit('Python '+sys.version.split()[0]+' is too old, 3.11 is needed');"
     "i=sys.stdin.buffer;n=int(i.readline());f=os.memfd_create('flagscale');os.write(f,i.read(n));"
-    "sys.path.insert(0,'/proc/self/fd/%d'%f);from flagscale.runner.launch.errands import main;main()"
+    "sys.path.insert(0,'/proc/self/fd/%d'%f);from flagscale.runner.launch.{module} import main;main()"
 )
-"""One line without what any login shell would change between single quotes."""
+"""One line, for the module of the errand, without what any login shell would change between single quotes."""
 
 
 def _find_unshared(request: dict[str, Any], plan: JobPlan) -> str | None:
@@ -108,6 +108,20 @@ def _find_faults(request: dict[str, Any], plan: JobPlan, unshared: str | None) -
             yield ("user" if isinstance(error, UserError) else "launch"), str(error)
 
 
+def _find_unmet(plan: JobPlan) -> str | None:
+    """Why this host, which is not the first, will not find the first."""
+    if not plan.hosts[0].peer:
+        return None
+    try:
+        socket.getaddrinfo(plan.master_addr, None)
+    except OSError:
+        return (
+            f"does not know the name `{plan.master_addr}`, where ranks meet; expected an address that all hosts reach, "
+            "in the hostfile or as `experiment.runner.master_addr`"
+        )
+    return None
+
+
 def check(request: dict[str, Any]) -> dict[str, Any]:
     """Everything wrong here with a plan of this one host, and the port where ranks meet if it is the head."""
     plan = decode_plan(request["plan"])
@@ -116,6 +130,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     fault, note = weigh_chips(plan.hosts[0])
     faults += [("user", fault)] if fault else []
     port: int | None = None
+    if not request["is_head"] and (unmet := _find_unmet(plan)):
+        faults.append(("user", unmet))
     if request["is_head"]:
         try:
             port = choose_port(plan)
@@ -231,7 +247,11 @@ ERRANDS = {
 }
 
 
-def main() -> None:
+def answer_errand(errands: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
     request = json.loads(sys.stdin.buffer.readline())
-    answer = ERRANDS[request["errand"]](request)
+    answer = errands[request["errand"]](request)
     print(json.dumps(answer), flush=True)
+
+
+def main() -> None:
+    answer_errand(ERRANDS)

@@ -28,7 +28,7 @@ from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder
 from flagscale.runner.launch.journal import Entry, Spec, load_spec
 from flagscale.runner.launch.provenance import query_environment, query_git
 from flagscale.runner.launch.sources import query_trees
-from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec, decode_plan, encode_plan
+from flagscale.runner.plan.job import HostPlan, JobPlan, LauncherName, LaunchName, ProcessSpec, decode_plan, encode_plan
 from flagscale.runner.render.script import render_script
 
 RUN_VERSION = 1
@@ -71,7 +71,8 @@ def list_remotes(plan: JobPlan) -> tuple[Remote, ...]:
     """
     named = None if plan.ssh_port == SSH_PORT else plan.ssh_port
     default = "python3" if plan.docker else sys.executable
-    hosts = (host for host in plan.hosts if plan.docker or not host.host.is_local)
+    others = (host for host in plan.hosts if plan.docker or not host.host.is_local)
+    hosts = (host for host in others if not host.host.is_placeholder)
     return tuple(
         Remote(
             host.label,
@@ -98,6 +99,12 @@ class RunRef:
     exp_name: str
     labels: tuple[str, ...]
     remotes: tuple[Remote, ...] = ()
+    launcher: LauncherName = "direct"
+
+    @property
+    def has_notice(self) -> bool:
+        """Whether its agents look for a notice in the run's folder, so that it ends without a connection to them."""
+        return bool(self.remotes) or self.launcher != "direct"
 
     @property
     def folder(self) -> Path:
@@ -154,7 +161,8 @@ def ref_of(plan: JobPlan, run_id: str, remotes: tuple[Remote, ...] | None = None
     """remotes: where they are not just what the plan says"""
     labels = tuple(host.label for host in plan.hosts)
     found = list_remotes(plan) if remotes is None else remotes
-    return RunRef(run_id, Path(plan.exp_dir), Path(plan.log_dir), plan.task, plan.exp_name, labels, found)
+    folders = Path(plan.exp_dir), Path(plan.log_dir)
+    return RunRef(run_id, *folders, plan.task, plan.exp_name, labels, found, plan.launcher)
 
 
 def script_path(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> Path:
@@ -176,7 +184,7 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
     is_wired = bool(neighbour) and plan.no_shared_fs
     return Spec(
         run_id=run_id,
-        token=token,
+        token=f"{token}{host.node_rank:04x}",
         label=label,
         node_rank=host.node_rank,
         processes=tuple(entries),
@@ -193,6 +201,7 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         grace_s=grace_s,
         ending=str(folder / NOTICE),
         neighbour=neighbour,
+        keeper=str(folder / f"{label}.keeper") if plan.launcher != "direct" else "",
         peer=host.peer,
         interface_vars=host.interface_vars,
         meet_host=plan.master_addr if is_wired else "",
@@ -233,6 +242,7 @@ def describe_job(
         "exp_name": plan.exp_name,
         "labels": [host.label for host in plan.hosts],
         "remotes": [asdict(remote) for remote in list_remotes(plan)],
+        "launcher": plan.launcher,
         "cwd": str(Path.cwd()),
         "command": list(command),
         "values": dict(values),
@@ -265,8 +275,9 @@ def list_files(
         NewFile(exp_dir / "runs" / "current", f"{run_id}\n".encode()),
         NewFile(index_dir() / f"{run_id}.json", _as_json(pointer), 0o600),
     ]
+    port = values["master_port"]  # where a scheduler chooses the machines it is not known yet
     for host in plan.hosts:
-        spec = make_spec(plan, host, run_id, token, grace_s, int(values["master_port"]))
+        spec = make_spec(plan, host, run_id, token, grace_s, int(port) if port.isdecimal() else 0)
         files.append(NewFile(folder / f"{host.label}.spec.json", _as_json(asdict(spec)), 0o600))
         if host.label not in away:
             files += _list_host_files(plan, host, values)
@@ -351,7 +362,8 @@ def load_ref(exp_dir: Path, run_id: str) -> RunRef:
     try:
         folders = Path(job["exp_dir"]), Path(job["log_dir"])
         remotes = tuple(Remote(**row) for row in job.get("remotes", ()))
-        return RunRef(run_id, *folders, job["task"], job["exp_name"], tuple(job["labels"]), remotes)
+        labels, launcher = tuple(job["labels"]), job.get("launcher", "direct")
+        return RunRef(run_id, *folders, job["task"], job["exp_name"], labels, remotes, launcher)
     except (KeyError, TypeError) as error:
         raise RunError(f"run {run_id} is damaged: {run_folder(exp_dir, run_id)}/job.json: {error!r}") from None
 

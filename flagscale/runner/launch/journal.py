@@ -69,6 +69,8 @@ class Spec:
     """the file that ends the run (`peers.py`)"""
     neighbour: str = ""
     """the label of the host whose heartbeat this agent watches; empty where a host does not need the others"""
+    keeper: str = ""
+    """where the process that keeps this host's place with a scheduler has written who it is (`keeper.py`)"""
     peer: str = ""
     interface_vars: tuple[str, ...] = ()
     """as of `HostPlan`"""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from flagscale.runner.launch.journal import Spec
 from flagscale.runner.launch.notice import Notice, load_notice, write_notice
+from flagscale.runner.launch.place import find_lost_place
 from flagscale.runner.launch.wire import Wire
 
 SILENCE_BEATS = 12
@@ -61,6 +62,8 @@ class Peers:
     def find_silence(self) -> str | None:
         """What to say if the neighbour's heartbeat stands still while our own can be written, or the wire is silent."""
         now = time.monotonic()
+        if loss := find_lost_place(self.spec):
+            return loss
         if self.wire is not None:
             return self.wire.find_silence(SILENCE_BEATS * self.spec.heartbeat_s)
         if not self.spec.neighbour or now < self.next_look:

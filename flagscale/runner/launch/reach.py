@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from flagscale.runner.launch.archive import ERRANDS, build_archive
+from flagscale.runner.launch.archive import ERRANDS, SURVEY, build_archive
 from flagscale.runner.launch.connection import Connection, LinkError, open_connection
 from flagscale.runner.launch.errands import BOOT
 from flagscale.runner.launch.folder import Remote, RunRef
@@ -48,14 +48,24 @@ class Reply:
 
 
 class Links:
-    """Open connections to some hosts; owns them, and closes them at the end of a `with`."""
+    """Open connections to some hosts; owns them, and closes them at the end of a `with`.
 
-    def __init__(self, remotes: Sequence[Remote], accept_new: bool = False, limit_s: float = CONNECT_LIMIT_S) -> None:
+    module: whose errands are sent along
+    """
+
+    def __init__(
+        self,
+        remotes: Sequence[Remote],
+        accept_new: bool = False,
+        limit_s: float = CONNECT_LIMIT_S,
+        module: Literal["errands", "survey"] = "errands",
+    ) -> None:
         self.remotes = {remote.label: remote for remote in remotes}
         self.accept_new = accept_new
         self.limit_s = limit_s
         self.open: dict[str, Connection] = {}
-        self.archive = build_archive(ERRANDS)
+        self.archive = build_archive(SURVEY if module == "survey" else ERRANDS)
+        self.boot = BOOT.format(module=module)
 
     def __enter__(self) -> "Links":
         return self
@@ -75,7 +85,7 @@ class Links:
         def run(label: str) -> Reply:
             request = json.dumps({"errand": errand, **requests[label]}).encode()
             text = f"{len(self.archive)}\n".encode() + self.archive + request + b"\n"
-            return self._run(label, [self.remotes[label].python, "-I", "-S", "-c", BOOT], text, limit_s)
+            return self._run(label, [self.remotes[label].python, "-I", "-S", "-c", self.boot], text, limit_s)
 
         return self.each(requests, run)
 

@@ -148,21 +148,26 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
 
 
 def _ask_ready(plan: JobPlan, links: Links, patches: Mapping[str, str]) -> dict[str, Reply]:
+    with make_requests(plan, patches) as requests:
+        return links.call("check", {label: requests[label] for label in links.remotes}, CHECK_LIMIT_S)
+
+
+@contextmanager
+def make_requests(plan: JobPlan, patches: Mapping[str, str]) -> Iterator[dict[str, dict[str, Any]]]:
+    """Label of each host -> what its `check` is asked, as long as the file lies there that the hosts should see."""
     current = find_current(Path(plan.exp_dir))
     with _place_nonce(Path(plan.exp_dir)) as (path, nonce):
-        requests = {
+        yield {
             host.label: {
                 "plan": encode_plan(replace(plan, hosts=(host,))),
                 "nonce_path": str(path),
                 "nonce": nonce,
                 "is_head": host is plan.hosts[0],
                 "known_run": current.run_id if current else None,
-                "patches": patches,
+                "patches": dict(patches),
             }
             for host in plan.hosts
-            if host.label in links.remotes
         }
-        return links.call("check", requests, CHECK_LIMIT_S)
 
 
 def raise_faults(faults: Sequence[tuple[str, Fault]], num_hosts: int) -> None:

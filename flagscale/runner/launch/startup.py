@@ -37,6 +37,13 @@ def wait_until_up(run: RunRef, plan: JobPlan, foreground: bool) -> None:
         deadline = time.monotonic() + plan.start_timeout_s
         look = Look(run, answers={})
         with show_progress() as show:
+            if run.launcher == "slurm":
+                from flagscale.runner.launch.slurm import wait_in_queue
+
+                if text := wait_in_queue(run, foreground, interrupts, show):
+                    print(f"run {run.run_id}: {text}", flush=True)
+                    return
+                deadline = time.monotonic() + plan.start_timeout_s
             while True:
                 if interrupts.num:
                     pass_notice(run)
