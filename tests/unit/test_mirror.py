@@ -118,6 +118,7 @@ def test_a_run_without_a_shared_folder_is_known_as_such(tmp_path: Path) -> None:
     spec = run.load_spec("host_1_b")
     assert (spec.meet_host, spec.meet_port, spec.leads) == ("localhost", int(VALUES["master_port"]), False)
     assert run.load_spec("host_0_a").leads
+    assert spec.meet_key == run.load_spec("host_0_a").meet_key != ""
     record = load_record(run, "host_1_b")
     assert record.mirror == run.folder / "fetched" / "host_1_b"
     assert not record.is_watched
