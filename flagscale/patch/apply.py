@@ -71,9 +71,9 @@ def apply_series(tree: Path, layers: Sequence[Series], options: Options = Option
         stash = taken.write(hold.tree)
         draft = replace(draft, stash=(*draft.stash, str(stash)) if stash else draft.stash)
         with rebuild(hold) as fresh:
-            build_unpatched(hold.tree, fresh, record)
+            folders = build_unpatched(hold.tree, fresh, record)
             taken.put_originals(fresh)
-            build_patched(hold, fresh, fit, draft)
+            build_patched(hold, fresh, folders, fit, draft)
         kept = remove_old(hold, taken.made(hold.work / "tree"))
     return Outcome(True, fit.stream, fit.notes, rejects, stash, kept)
 
