@@ -9,16 +9,18 @@ import dataclasses
 import os
 import stat
 from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 from flagscale.errors import PatchError
 from flagscale.patch.diffs import Hunk, read_changes, show_name
 from flagscale.patch.fit import Fit, Misfit
 from flagscale.patch.git import apply_diff, try_patches
-from flagscale.patch.state import STATE_FILE, Record, Touched, dump_record, make_listing
+from flagscale.patch.state import STATE_FILE, Record, Touched, dump_record
 from flagscale.patch.swap import (
     BASE_DIR,
     Hold,
+    Linked,
     cached_source,
     caches_of,
     copy_folder_modes,
@@ -27,9 +29,11 @@ from flagscale.patch.swap import (
 )
 from flagscale.patch.tree import (
     CACHE_DIR,
+    OWN_NAMES,
     REGULAR,
     STATE_DIR,
     Content,
+    is_derived,
     read_contents,
     write_content,
 )
@@ -62,26 +66,38 @@ def load_diff(tree: Path) -> bytes:
     return (tree / STATE_DIR / DIFF_FILE).read_bytes()
 
 
-def build_unpatched(tree: Path, fresh: Path, record: Record | None) -> dict[str, int]:
-    """Build the tree without patches: links to what no patch touched, and to the files as they were.
+@dataclass(frozen=True, slots=True)
+class Unpatched:
+    """A tree without patches: its folders, with their permissions, and its files."""
 
-    Returns the folders of the tree and their permissions.
+    folders: dict[str, int]
+    files: Linked
+
+    def make_listing(self, touched: Set[str]) -> dict[str, tuple[int, int]]:
+        """Size and mtime_ns of the source files that are not touched."""
+        rows = ((name, found) for name, found in self.files.items() if name not in touched and not is_derived(name))
+        return {name: (row.st_size, row.st_mtime_ns) for name, row in rows if name.split("/")[0] not in OWN_NAMES}
+
+
+def build_unpatched(tree: Path, fresh: Path, record: Record | None) -> Unpatched:
+    """Build the tree without patches: links to what no patch touched, and to the files as they were.
 
     Raises:
         PatchError: a file of somebody's stands where a folder or file has to come back.
     """
     touched = record.touched if record else {}
-    folders = link_tree(tree, fresh, lambda name: name in touched or cached_source(name) in touched)
+    folders, files = link_tree(tree, fresh, lambda name: name in touched or cached_source(name) in touched)
     if record:
         _remove_made_folders(fresh, record)
-        _put_base_back(tree, fresh, record)
+        files |= _put_base_back(tree, fresh, record)
         folders = [*(name for name in folders if (fresh / name).is_dir()), *(name for name, _ in record.lost_dirs)]
     copy_folder_modes(tree, fresh, (name for name in folders if (tree / name).is_dir()))
-    return {name: stat.S_IMODE(os.stat(f"{fresh}/{name}").st_mode) for name in folders}  # noqa: PTH116
+    return Unpatched({name: stat.S_IMODE(os.stat(f"{fresh}/{name}").st_mode) for name in folders}, files)  # noqa: PTH116
 
 
-def _put_base_back(tree: Path, fresh: Path, record: Record) -> None:
-    """
+def _put_base_back(tree: Path, fresh: Path, record: Record) -> Linked:
+    """Put links to the files as they were, and their folders, into the new tree.
+
     Raises:
         PatchError: a file of somebody's stands where a folder or file has to come back.
     """
@@ -96,6 +112,7 @@ def _put_base_back(tree: Path, fresh: Path, record: Record) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         name = str(Path(error.filename2 or error.filename).relative_to(fresh))
         raise PatchError(f"{tree / name} is in the way of an upstream file; move it elsewhere") from None
+    return {name: os.lstat(f"{fresh}/{name}") for name in record.kept}
 
 
 def _remove_made_folders(fresh: Path, record: Record) -> None:
@@ -106,10 +123,8 @@ def _remove_made_folders(fresh: Path, record: Record) -> None:
                 folder.rmdir()
 
 
-def build_patched(hold: Hold, fresh: Path, folders: Mapping[str, int], fit: Fit, draft: Record) -> None:
+def build_patched(hold: Hold, fresh: Path, unpatched: Unpatched, fit: Fit, draft: Record) -> None:
     """Turn the tree without patches, at `fresh`, into the patched one, and write its record into it.
-
-    folders: those of the tree without patches, and their permissions
 
     Raises:
         PatchError: git made something else of the files than it was to make.
@@ -123,14 +138,16 @@ def build_patched(hold: Hold, fresh: Path, folders: Mapping[str, int], fit: Fit,
     if wrong:
         raise PatchError(f"not what the series promises, nothing was changed: {', '.join(map(show_name, wrong))}")
     _keep_permissions(fresh, fit.stream, kept)
-    made = sorted({str(above) for name in found for above in Path(name).parents[:-1]} - folders.keys())
+    made = sorted({str(above) for name in found for above in Path(name).parents[:-1]} - unpatched.folders.keys())
     record = dataclasses.replace(
         draft,
         touched={name: Touched(base.get(name), found.get(name)) for name in sorted(names)},
         kept=kept,
         made_dirs=tuple(made),
-        lost_dirs=tuple(sorted((name, mode) for name, mode in folders.items() if not (fresh / name).is_dir())),
-        listing=make_listing(fresh, names),
+        lost_dirs=tuple(
+            sorted((name, mode) for name, mode in unpatched.folders.items() if not (fresh / name).is_dir())
+        ),
+        listing=unpatched.make_listing(names),
     )
     (fresh / STATE_DIR / ".gitignore").write_text("*\n")
     (fresh / STATE_DIR / DIFF_FILE).write_bytes(fit.stream)

@@ -31,6 +31,9 @@ RENAME_EXCHANGE = 2
 BUILDING = "building"
 BASE_DIR = f"{STATE_DIR}/base"
 
+Linked = dict[str, os.stat_result]
+"""Files of a tree that a new one has too, by the very inode, with what they were when that was made."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hold:
@@ -68,13 +71,13 @@ def hold_tree(tree: Path) -> Iterator[Hold]:
         os.close(lock)
 
 
-def walk(tree: Path) -> tuple[list[str], list[str]]:
+def walk(tree: Path) -> tuple[list[str], dict[str, "os.DirEntry[str]"]]:
     """The folders (outermost first) and the files of a tree, all of them but those of `.flagscale-patch`.
 
     Here and below, paths are plain strings: it is all done for thousands of files.
     """
     folders: list[str] = []
-    files: list[str] = []
+    files: dict[str, os.DirEntry[str]] = {}
     todo = [""]
     while todo:
         below = todo.pop()
@@ -87,7 +90,7 @@ def walk(tree: Path) -> tuple[list[str], list[str]]:
                     folders.append(name)
                     todo.append(name + "/")
                 else:
-                    files.append(name)
+                    files[name] = entry
     return folders, files
 
 
@@ -101,20 +104,22 @@ def link_file(src: str, dst: str) -> None:
         shutil.copy2(src, dst, follow_symlinks=False)
 
 
-def link_tree(src: Path, dst: Path, is_left: Callable[[str], bool]) -> list[str]:
+def link_tree(src: Path, dst: Path, is_left: Callable[[str], bool]) -> tuple[list[str], Linked]:
     """Make `dst`, or fill it, with the folders of `src` and with links to its files but those that are left out.
 
-    Returns the folders, outermost first.
+    Returns the folders, outermost first, and the files that were linked.
     """
+    linked: Linked = {}
     folders, files = walk(src)
     dst.mkdir(exist_ok=True)
     for name in folders:
         (dst / name).mkdir(exist_ok=True)
     start, end = f"{src}/", f"{dst}/"
-    for name in files:
+    for name, entry in files.items():
         if not is_left(name):
+            linked[name] = entry.stat(follow_symlinks=False)
             link_file(start + name, end + name)
-    return folders
+    return folders, linked
 
 
 def copy_folder_modes(src: Path, dst: Path, folders: Iterable[str]) -> None:
@@ -176,18 +181,21 @@ def _open_folders(top: Path, folders: Iterable[str]) -> None:
             (top / name).chmod(0o700)
 
 
-def remove_old(hold: Hold, made: Callable[[str], bool]) -> Path | None:
+def remove_old(hold: Hold, linked: Linked, made: Callable[[str], bool]) -> Path | None:
     """Remove the tree whose place was taken; what is in no other place is kept, and the path to it returned.
 
     A file goes if the new tree has it too (the very inode, or a copy), or if `made(name)` says that it is of our
     making. Any other was written into the old tree while the new one was built.
+
+    linked: what is known to be in the new tree; other files are looked up there
     """
     old = hold.work / "tree"
     folders, files = walk(old)
     is_kept = _make_is_kept(hold.tree / BASE_DIR)
     _open_folders(old, folders)
-    for name in files:
-        if _is_same(old, hold.tree, name) or is_kept(old, name) or made(name):
+    for name, entry in files.items():
+        is_linked = name in linked and entry.inode() == linked[name].st_ino
+        if is_linked or _is_same(old, hold.tree, name) or is_kept(old, name) or made(name):
             os.unlink(f"{old}/{name}")  # noqa: PTH108
     for name in reversed(folders):
         with contextlib.suppress(OSError):  # what is kept is in it
@@ -238,7 +246,7 @@ def remove_leftovers(hold: Hold) -> None:
     if not (hold.work / "tree").exists() or (hold.work / BUILDING).exists():
         _remove_tree(hold.work)
         return
-    remove_old(hold, made_by_record(hold.work / "tree"))
+    remove_old(hold, {}, made_by_record(hold.work / "tree"))
 
 
 def made_by_record(old: Path) -> Callable[[str], bool]:
