@@ -66,7 +66,7 @@ def install_for_build(backend: str, device: str) -> None:
             f"{pin.backend} cannot be installed while this toolkit is built: leave `backend` and `device` out, and run "
             f"`flagscale install --backend {pin.backend} --device {chip}`"
         )
-    fetch(pin, source_dir(pin.name), find_chips([chip], pin.name), replace=False)
+    fetch(pin, source_dir(pin.name), find_chips([chip], pin.name), False)
 
 
 def check_version(pin: "Pin", installed: str) -> None:

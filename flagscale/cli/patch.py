@@ -44,9 +44,15 @@ def add_series(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", type=Path, metavar="FOLDER", help="where patch sets lie; default: hardware/")
 
 
+def add_import(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from flagscale.cli import patch_import
+
+    patch_import.add_words(actions.add_parser("import", help=patch_import.SUMMARY, description=patch_import.SUMMARY))
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flagscale patch", description=SUMMARY)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join((*ACTIONS, "import")))
     subs = {action: actions.add_parser(action, help=text, description=text) for action, text in ACTIONS.items()}
     for sub in subs.values():
         add_target(sub)
@@ -63,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_export(subs["export"])
     add_verify(subs["verify"])
     add_rebase(subs["rebase"])
+    add_import(actions)
     return parser
 
 
@@ -345,6 +352,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb; `status` has exit code 1 for a tree that is neither clean nor patched and nothing else."""
     args = make_parser().parse_args(argv)
     enter_working_folder()
+    from flagscale.cli import patch_import
+
     actions = {"apply": apply, "revert": revert, "status": status, "diff": diff, "export": export}
     actions |= {"verify": try_releases, "rebase": try_releases}
+    actions["import"] = patch_import.run
     return actions[args.action](args)

@@ -47,12 +47,14 @@ class Fit:
 
     stream: the diff that makes it, of all layers
     expected: SHA-256 of the files afterwards
+    base: the files before
     misfits: what did not fit; unless it is empty, `stream` holds only what did
     notes: what a person should know: merges
     """
 
     stream: bytes
     expected: Hashes
+    base: Files
     misfits: tuple[Misfit, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -73,7 +75,7 @@ def fit_by_hash(files: Files, layers: Sequence[Series]) -> Fit | None:
             if any(running[name] != patch.base.get(name) for name in patch.names):
                 return None
             running |= patch.result
-    return Fit(b"".join(layer.stream for layer in layers), running)
+    return Fit(b"".join(layer.stream for layer in layers), running, files)
 
 
 def fit_by_trial(files: Files, layers: Sequence[Series], find_base: FindBase | None = None) -> Fit:
@@ -96,7 +98,7 @@ def fit_by_trial(files: Files, layers: Sequence[Series], find_base: FindBase | N
         owners |= {name: layer.name for patch in layer.patches for name in patch.names}
     names = {name for layer in layers for patch in layer.patches for name in patch.names}
     diffs = make_diffs({n: c for n, c in files.items() if n in names}, {n: c for n, c in now.items() if n in names})
-    return Fit(b"".join(diffs), {name: hash_of(now, name) for name in names}, tuple(misfits), tuple(notes))
+    return Fit(b"".join(diffs), {name: hash_of(now, name) for name in names}, files, tuple(misfits), tuple(notes))
 
 
 def _set(files: Files, name: str, content: Content | None) -> None:

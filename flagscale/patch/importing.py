@@ -14,6 +14,7 @@ from flagscale.patch.build import Files, read_base
 from flagscale.patch.diffs import read_changes, show_name
 from flagscale.patch.export import make_patches
 from flagscale.patch.git import try_patches
+from flagscale.patch.pins import Pin
 from flagscale.patch.series import SUFFIX, Header, Series, find_encrypted
 from flagscale.patch.state import load_record
 
@@ -124,27 +125,18 @@ def _load_diffs(folder: Path) -> dict[str, bytes]:
     return {name: diff if diff.endswith(b"\n") else diff + b"\n" for name, diff in diffs.items()}
 
 
-def import_series(
-    folder: Path,
-    tree: Path,
-    backend: str,
-    version: str,
-    digest: str,
-    header: Header | None = None,
-    partial: bool = False,
-) -> Imported:
+def import_series(folder: Path, tree: Path, pin: Pin, *, version: str | None = None, partial: bool = False) -> Imported:
     """Make a patch set of FlagScale's patches in `folder`, as they change `tree`.
 
-    backend: its folder's name in third_party/
-    version, digest: of the release that `tree` is; FlagScale's own word for the version goes before
-    header: of every patch; None says where it comes from
+    tree: the release of the backend that the patches were made on, whose pin is `pin`
+    version: which release that is; None leaves it to diff.yaml, then to the pin
     partial: leave out what does not fit
 
     Raises:
         UserError: the folder is not FlagScale's, or its patches are encrypted.
         PatchError: patches do not fit the tree; all of them are named.
     """
-    origin, diffs = load_origin(folder, backend), _load_diffs(folder)
+    origin, diffs = load_origin(folder, pin.name), _load_diffs(folder)
     changes = {name: read_changes(diff) for name, diff in diffs.items()}
     names = {end for found in changes.values() for change in found for end in (change.old, change.new) if end}
     old: Files = read_base(tree, load_record(tree), names)
@@ -162,14 +154,14 @@ def import_series(
     taken = {name: content for name, content in old.items() if name not in dropped}
     made = {name: content for name, content in attempt.results.items() if name not in dropped}
     draft = Series(
-        name=f"{origin.device}/{backend}",
-        backend=backend,
-        version=origin.version or version,
-        digest=origin.backend_commit or digest,
+        name=f"{origin.device}/{pin.name}",
+        backend=pin.backend,
+        version=version or origin.version or pin.version,
+        digest=origin.backend_commit or pin.digest,
         tasks=origin.tasks,
         models=origin.models,
         contact=origin.contact,
-        patches=make_patches(taken, made, {}, header or explain_origin(origin)),
+        patches=make_patches(taken, made, {}, explain_origin(origin)),
     )
     return Imported(draft, left)
 
