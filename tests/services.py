@@ -39,6 +39,7 @@ class Load:
 
     num_good: int = 0
     faults: list[str] = field(default_factory=list)
+    patience_s: float = PATIENCE_S
     num_begun: int = 0
     """of the faults, those whose first byte had come"""
 
@@ -68,14 +69,16 @@ class Bench:
         (folder / "config.json").write_text(json.dumps(behaviour))
         return folder
 
-    def write(self, engine: str = "vllm", resources: dict[str, Any] | None = None, **changes: Any) -> Path:
+    def write(
+        self, engine: str = "vllm", resources: dict[str, Any] | None = None, start_timeout_s: float = 60, **changes: Any
+    ) -> Path:
         """The configuration of a service of one model, called `m`."""
         args = {"model": str(self.base / "model"), "served_model_name": "m"}
         model = serve_model(engine, serve_id="m", engine_args=args, resources=resources or {})
         runner = {
             "device_type": "cpu",
             "bin_dir": str(self.base / "bin"),
-            "start_timeout_s": 60,
+            "start_timeout_s": start_timeout_s,
             "deploy": {"port": self.port, "router": {"drain_timeout_s": 10}},
         }
         tree = serve_tree(model, experiment__exp_dir=str(self.exp_dir), experiment__runner=runner, **changes)
@@ -155,9 +158,9 @@ class Bench:
         return [_command_of(proc.pid) for token in tokens for proc in find_ours(token)]
 
     @contextmanager
-    def load(self, num_callers: int = 4, num_tokens: int = 5) -> Iterator[Load]:
+    def load(self, num_callers: int = 4, num_tokens: int = 5, patience_s: float = PATIENCE_S) -> Iterator[Load]:
         """Send streams all the time until the block ends, and wait for their ends."""
-        load, is_over = Load(), threading.Event()
+        load, is_over = Load(patience_s=patience_s), threading.Event()
         callers = [threading.Thread(target=self._ask_on, args=(load, is_over, num_tokens)) for _ in range(num_callers)]
         for caller in callers:
             caller.start()
@@ -170,20 +173,21 @@ class Bench:
 
     def _ask_on(self, load: Load, is_over: threading.Event, num_tokens: int) -> None:
         body = {"model": "m", "prompt": "hi", "max_tokens": num_tokens, "stream": True}
-        while not is_over.is_set():
-            text = ""
-            try:
-                with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
-                    for piece in answer.iter_text():
-                        text += piece
-                    fault = "" if answer.status_code == 200 else f"{answer.status_code} {text}"
-            except httpx.HTTPError as error:
-                fault = repr(error)
-            if not fault and text.rstrip().endswith("data: [DONE]") and text.count('"text"') == num_tokens:
-                load.num_good += 1
-                continue
-            load.faults.append(fault or text)
-            load.num_begun += '"text"' in text
+        with httpx.Client(verify=False, timeout=load.patience_s) as client:
+            while not is_over.is_set():
+                text = ""
+                try:
+                    with client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
+                        for piece in answer.iter_text():
+                            text += piece
+                        fault = "" if answer.status_code == 200 else f"{answer.status_code} {text}"
+                except httpx.HTTPError as error:
+                    fault = repr(error)
+                if not fault and text.rstrip().endswith("data: [DONE]"):
+                    load.num_good += 1
+                    continue
+                load.faults.append(fault or text)
+                load.num_begun += '"text"' in text
 
 
 def _command_of(pid: int) -> str:

@@ -10,6 +10,7 @@ VERBS = {
     "serve": ("serve", "put a model up as a service that answers OpenAI's API, and look after it"),
     "run": ("run", "run the job of a configuration, whatever its task"),
     "dryrun": ("dryrun", "show what a configuration would run on each host, and run nothing"),
+    "check": ("check", "ask all hosts of a job whether it can run there, and start nothing"),
     "explain": ("explain", "say which file or override set a value"),
     "stop": ("stop", "stop a run and wait until nothing of it is left"),
     "status": ("status", "say how a run is doing, rank by rank"),

@@ -22,7 +22,6 @@ from flagscale.runner.plan.service import ModelPlan, ServicePlan, decode_service
 from flagscale.serve.fleet import Fleet, Post
 from flagscale.serve.folder import (
     Control,
-    Filled,
     ServiceState,
     find_control,
     find_state,
@@ -127,10 +126,9 @@ class Controller:
             self.retiring.add(asyncio.create_task(self.fleet.retire(post, self.settings.drain_timeout_s)))
 
     def save(self) -> None:
-        filled = (Filled(post.model.name, post.seat, post.version) for post in self.fleet.posts if post.is_filled)
         wanted = {name: scaler.wanted for name, scaler in self.scalers.items()}
         service = encode_service(self.service)
-        state = ServiceState(self.run_id, self.version, service, self.origin.config, wanted, tuple(filled))
+        state = ServiceState(self.run_id, self.version, service, self.origin.config, wanted)
         save_state(self.exp_dir, state)
 
     # --- while it runs -----------------------------------------------------------------------------------------------

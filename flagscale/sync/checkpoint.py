@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from flagscale.errors import UserError
 from flagscale.sync.canon import ModelShape, Rule, Size, check_names, list_rows, list_rules
 from flagscale.sync.hf_config import read_config, write_config
 from flagscale.sync.hf_folder import HfReader, copy_tokenizer, load_config, write_json, write_tensors
 from flagscale.sync.layout import to_hf, to_megatron
-from flagscale.sync.megatron_args import read_args, write_args
+from flagscale.sync.megatron_args import is_byte_model, read_args, write_args
 from flagscale.sync.torch_dist import TorchDistReader, write_torch_dist
 
 Format = Literal["hf", "megatron"]
@@ -31,13 +31,6 @@ STATELESS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """layers whose extra state Megatron looks for in a checkpoint"""
 
 
-class MegatronReader(Protocol):
-    """A checkpoint of Megatron, however it is kept."""
-
-    def read_shape(self) -> ModelShape: ...
-    def load_rule(self, rule: Rule) -> Any: ...
-
-
 def convert(
     src: str | Path,
     dst: str | Path,
@@ -46,6 +39,7 @@ def convert(
     tokenizer: str | Path | None = None,
     iteration: int | None = None,
     keep_padding: bool = False,
+    max_len: int | None = None,
     padded_vocab_size: int | None = None,
     transformer_impl: Literal["local", "transformer_engine"] = "local",
 ) -> Path:
@@ -56,6 +50,8 @@ def convert(
         have been trained with it, and none else
     iteration: of Megatron's checkpoints; None: the latest
     keep_padding: keep the rows of the embedding that belong to no token, so that nothing at all is lost
+    max_len: tokens of one text for transformers; None: those of the training. Rotary positions have no limit of their
+        own, but a model is worse beyond what it was trained on
     padded_vocab_size: rows of the embedding in Megatron; None: the next multiple of 128
     transformer_impl: the layers for which Megatron's tensors are named
 
@@ -68,7 +64,7 @@ def convert(
     if tokenizer is not None and not Path(tokenizer).is_dir():
         raise UserError(f"{tokenizer}: no such folder; expected one with a tokenizer of transformers")
     if to == "hf":
-        write = _plan_hf(src, None if tokenizer is None else Path(tokenizer), iteration, keep_padding)
+        write = _plan_hf(src, None if tokenizer is None else Path(tokenizer), iteration, keep_padding, max_len)
     else:
         write = _plan_megatron(src, padded_vocab_size, transformer_impl)
     write_whole(dst, write)
@@ -87,11 +83,15 @@ def write_whole(dst: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _plan_hf(src: Path, tokenizer: Path | None, iteration: int | None, keep_padding: bool) -> Callable[[Path], None]:
+def _plan_hf(
+    src: Path, tokenizer: Path | None, iteration: int | None, keep_padding: bool, max_len: int | None
+) -> Callable[[Path], None]:
     reader = DistCheckpoint(find_iteration(src, iteration))
     shape = reader.read_shape()
     if keep_padding:
         shape = replace(shape, vocab_size=shape.padded_vocab_size)
+    if max_len is not None:
+        shape = replace(shape, max_len=max_len)
     rules = list_rules(shape)
 
     def tensors() -> Iterator[tuple[str, Any]]:
@@ -110,12 +110,11 @@ def _plan_hf(src: Path, tokenizer: Path | None, iteration: int | None, keep_padd
 
 def _write_tokenizer(folder: Path, shape: ModelShape, tokenizer: Path | None) -> None:
     from flagscale.inference.byte_tokenizer import write_byte_tokenizer
-    from flagscale.train.token_files import END_OF_DOCUMENT
 
     if tokenizer is not None:
         if not copy_tokenizer(tokenizer, folder):
             raise UserError(f"{tokenizer}: has no file of a tokenizer; expected tokenizer.json or tokenizer.model")
-    elif shape.end_token == END_OF_DOCUMENT:
+    elif is_byte_model(shape):
         write_byte_tokenizer(folder, shape.max_len)
 
 

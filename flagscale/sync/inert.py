@@ -40,8 +40,10 @@ def load_inert(data: bytes, where: str) -> Any:
         names: list[Any] = [(Inert, name) for name in get_unsafe_globals_in_checkpoint(io.BytesIO(data))]
         with safe_globals(names):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{where}: cannot be read: it is damaged, or holds more than data") from error
     except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{where}: cannot be read: {error}") from error
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -64,4 +66,4 @@ def load_inert_pickle(path: Path) -> Any:
         with path.open("rb") as file:
             return _InertUnpickler(file).load()
     except Exception as error:  # as above
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: cannot be read: {error}") from error

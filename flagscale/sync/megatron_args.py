@@ -10,6 +10,7 @@ from typing import Any
 
 from flagscale.errors import ConfigError, Fault
 from flagscale.sync.canon import ModelShape
+from flagscale.train.token_files import END_OF_DOCUMENT, VOCAB_SIZE
 
 NEEDED: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
@@ -41,7 +42,7 @@ def read_args(args: Any, where: str) -> ModelShape:
     """
     if faults := list(_find_faults(args)):
         raise ConfigError([fault.at(where) for fault in faults])
-    heads = args.num_attention_heads
+    heads, num_experts = args.num_attention_heads, getattr(args, "num_experts", None) or 0
     padded = getattr(args, "padded_vocab_size", None) or args.vocab_size
     vocab = getattr(args, "vocab_size", None) or padded
     shape = ModelShape(
@@ -60,11 +61,9 @@ def read_args(args: Any, where: str) -> ModelShape:
         norm_eps=getattr(args, "norm_epsilon", 1e-5),
         rope_base=float(getattr(args, "rotary_base", 10000)),
         rope_scaling=args.rope_scaling_factor if getattr(args, "use_rope_scaling", False) else None,
-        num_experts=getattr(args, "num_experts", None) or 0,
-        experts_per_token=getattr(args, "moe_router_topk", 0) if getattr(args, "num_experts", None) else 0,
-        expert_ffn_size=(getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size)
-        if getattr(args, "num_experts", None)
-        else 0,
+        num_experts=num_experts,
+        experts_per_token=args.moe_router_topk if num_experts else 0,
+        expert_ffn_size=(getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size) if num_experts else 0,
         renormalises=not getattr(args, "moe_router_pre_softmax", False),
         end_token=find_end_token(args, vocab),
     )
@@ -127,6 +126,12 @@ def find_end_token(args: Any, vocab_size: int) -> int | None:
     return vocab_size - 1 if told is None else int(told)
 
 
+def is_byte_model(shape: ModelShape) -> bool:
+    """Whether its tokens can only be those of `flagscale.train.token_files`: the bytes and the end of a document."""
+    can_be_bytes = shape.vocab_size == VOCAB_SIZE or VOCAB_SIZE < shape.vocab_size == shape.padded_vocab_size < 1024
+    return can_be_bytes and shape.end_token == END_OF_DOCUMENT
+
+
 def write_args(shape: ModelShape, dtype: Any) -> Namespace:
     """The arguments of a run that goes on with this model, as far as the model decides them."""
     experts = shape.num_experts or None
@@ -159,6 +164,8 @@ def write_args(shape: ModelShape, dtype: Any) -> Namespace:
         position_embedding_type="rope",
         add_position_embedding=False,
         add_bias_linear=False,
+        tokenizer_type="NullTokenizer" if is_byte_model(shape) else "HuggingFaceTokenizer",
+        null_tokenizer_eod_id=shape.end_token if is_byte_model(shape) else None,
         params_dtype=dtype,
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,

@@ -127,10 +127,13 @@ def _dtype(properties: Any) -> Any:
 
 
 def write_torch_dist(folder: Path, tensors: Iterable[tuple[str, Any]], states: Iterable[str], common: Any) -> None:
-    """Write whole tensors by their names in the checkpoint, and empty extra states, which Megatron's layers expect."""
+    """Write whole tensors by their names in the checkpoint, and empty extra states, which Megatron's layers expect.
+
+    What is no tensor Megatron keeps in a list of one.
+    """
     from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
 
-    content = {**dict(tensors), **dict.fromkeys(states), COMMON: [common]}
+    content = {**dict(tensors), **{state: [None] for state in states}, COMMON: [common]}
     planner = DefaultSavePlanner(flatten_state_dict=False)
     with warnings.catch_warnings():
         # torch says that it writes in one process, as it was asked to.

@@ -116,11 +116,13 @@ class Bench:
 
     def list_left(self) -> list[str]:
         """Command lines of living processes of the run, of all hosts: this process sees them all."""
-        needle = f"FLAGSCALE_RUN_TOKEN={self.run.load_spec(self.run.labels[0]).token}".encode()
+        run = self.run
+        needles = {f"FLAGSCALE_RUN_TOKEN={run.load_spec(label).token}".encode() for label in run.labels}
         found: list[str] = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if needle in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
+                words = set((folder / "environ").read_bytes().split(b"\0"))
+                if words & needles and int(folder.name) != os.getpid():
                     found.append(f"{folder.name} " + (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             except OSError:
                 continue

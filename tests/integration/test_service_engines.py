@@ -81,7 +81,7 @@ def serve(bench: Bench, *words: str) -> None:
 
 @pytest.mark.engine
 def test_the_native_engine(bench: Bench, tiny_model: Path) -> None:
-    bench.write("native")
+    bench.write("native", None, PATIENCE_S)
     serve(bench, "--model-path", str(tiny_model), "--replicas", "2", "--bin-dir", str(Path(sys.executable).parent))
     ask_everything(bench.url, "m")
     os.kill(bench.find_pid("m-0"), signal.SIGKILL)
@@ -93,19 +93,21 @@ def test_the_native_engine(bench: Bench, tiny_model: Path) -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_vllm_two_replicas_survive_a_death_and_an_update(bench: Bench, tiny_model: Path) -> None:
     folder = folder_of("FLAGSCALE_TEST_VLLM")
     envs = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    bench.write("vllm", {"num_replicas": 2}, experiment__envs=envs)
+    bench.write("vllm", {"num_replicas": 2}, PATIENCE_S, experiment__envs=envs)
     args = '{"dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": true}'
     serve(bench, "--model-path", str(tiny_model), "--bin-dir", folder, "--engine-args", args)
     ask_everything(bench.url, "m")
-    with bench.load(num_callers=2) as load:
+    with bench.load(num_callers=2, patience_s=PATIENCE_S) as load:
         wait_for(lambda: load.num_good > 3, PATIENCE_S)
         os.kill(bench.find_pid("m-0"), signal.SIGKILL)
+        wait_for(lambda: "m-0: ended" in bench.read_log())
         wait_for(lambda: bench.look()["state"] == "ready", PATIENCE_S)
     assert len(load.faults) == load.num_begun <= 2, load.faults
-    with bench.load(num_callers=2) as load:
+    with bench.load(num_callers=2, patience_s=PATIENCE_S) as load:
         changed = args.replace("256", "200")
         done = bench.call("serve", "update", "--engine-args", changed, timeout_s=2 * PATIENCE_S)
         assert done.returncode == 0, done.stderr
@@ -115,9 +117,10 @@ def test_vllm_two_replicas_survive_a_death_and_an_update(bench: Bench, tiny_mode
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_sglang(bench: Bench, tiny_model: Path) -> None:
     folder = folder_of("FLAGSCALE_TEST_SGLANG")
-    bench.write("sglang", experiment__envs={"SGLANG_USE_CPU_ENGINE": "1"})
+    bench.write("sglang", None, PATIENCE_S, experiment__envs={"SGLANG_USE_CPU_ENGINE": "1"})
     args = (
         '{"device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch", '
         '"disable_overlap_schedule": true, "disable_radix_cache": true, "mem_fraction_static": 0.05, '
@@ -130,9 +133,10 @@ def test_sglang(bench: Bench, tiny_model: Path) -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_llama_cpp(bench: Bench) -> None:
     folder, model = folder_of("FLAGSCALE_TEST_LLAMA_CPP"), folder_of("FLAGSCALE_TEST_GGUF")
-    bench.write("llama_cpp")
+    bench.write("llama_cpp", None, PATIENCE_S)
     serve(bench, "--model-path", model, "--bin-dir", folder)
     ask_everything(bench.url, "m")
     assert bench.serve("stop").stdout.endswith("stopped\n")

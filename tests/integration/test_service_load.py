@@ -26,6 +26,7 @@ def test_a_killed_replica_costs_only_requests_that_had_begun(bench: Bench) -> No
         os.kill(bench.find_pid("m-0"), signal.SIGKILL)
         before = load.num_good
         wait_for(lambda: load.num_good > before + 20)
+        wait_for(lambda: "m-0: ended" in bench.read_log())
         wait_for(lambda: bench.look()["state"] == "ready")
     assert len(load.faults) <= 6, load.faults
     assert load.num_begun == len(load.faults), load.faults

@@ -130,7 +130,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert run == folder.ref_of(plan, run_id)
     assert run is not None
     spec = run.load_spec("host_0_localhost")
-    assert re.fullmatch(r"[0-9a-f]{32}", spec.token)
+    assert re.fullmatch(r"[0-9a-f]{36}", spec.token)
     assert (spec.grace_s, spec.processes[0].script) == (1.0, f"{plan.log_dir}/scripts/host_0_localhost_run.sh")
     assert json.loads((tmp_path / "state" / "runs" / f"{run_id}.json").read_text())["exp_dir"] == plan.exp_dir
 

@@ -21,7 +21,7 @@ ORDER = (
 )
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 HEAVY = ("torch", "megatron", "ray", "vllm", "sglang", "transformers", "triton", "matplotlib", "numpy")
-LIGHT_ROOMS = ("errors", "env", "chips", "runner", "patch", "cli", "tinker", "hooks", "serve", "rl")
+LIGHT_ROOMS = ("errors", "env", "chips", "runner", "patch", "cli", "tinker", "hooks", "serve", "rl", "sync")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -9,7 +9,6 @@ from flagscale.runner.plan.job import AtLaunch
 from flagscale.runner.plan.service import decode_service, encode_service, list_first_jobs
 from flagscale.serve.folder import (
     Control,
-    Filled,
     ServiceState,
     find_control,
     find_state,
@@ -27,7 +26,7 @@ def make_state() -> ServiceState:
     job = plan(serve_tree(serve_model("native")))
     assert job.service is not None
     service = encode_service(decode_service(job.service))
-    return ServiceState("20261121T000000-aaaa", 3, service, {"a": 1}, {"m": 2}, (Filled("m", 0, 3), Filled("m", 1, 2)))
+    return ServiceState("20261121T000000-aaaa", 3, service, {"a": 1}, {"m": 2})
 
 
 def test_what_was_saved_is_found_and_for_the_owner_alone(tmp_path: Path) -> None:
@@ -39,7 +38,7 @@ def test_what_was_saved_is_found_and_for_the_owner_alone(tmp_path: Path) -> None
     found = find_state(tmp_path)
     assert found is not None
     assert decode_service(found.service) == decode_service(state.service)
-    assert (found.filled, found.wanted, found.version) == (state.filled, state.wanted, 3)
+    assert (found.config, found.wanted, found.version) == (state.config, state.wanted, 3)
     for path in (tmp_path / "serve").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     save_control(tmp_path, Control(5, "t", "k", 1))

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from flagscale import env
 from flagscale.errors import find_nearest
 from flagscale.runner.config.section import Section
+from flagscale.runner.config.slurm import Slurm
 
 Seconds = float
 TaskType = Literal["train", "inference", "serve", "compress", "rl"]
@@ -26,6 +27,7 @@ DEFAULT_BACKENDS: dict[TaskType, str] = {
 }
 
 
+_CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OF_BASH = frozenset(
     {
@@ -52,6 +54,12 @@ def _check_program(word: str) -> str:
     if not word.strip() or word.startswith("-"):
         raise ValueError("the name or the path of a program")
     return word
+
+
+def _check_container(name: str) -> str:
+    if not _CONTAINER.fullmatch(name):
+        raise ValueError("the name of a container: letters, digits, _, . and -, a letter or digit first")
+    return name
 
 
 def _read_json(value: Any) -> Any:
@@ -84,6 +92,7 @@ def _check_router(values: dict[str, Any]) -> dict[str, Any]:
 
 
 VariableName = Annotated[str, AfterValidator(_check_variable)]
+Program = Annotated[str, AfterValidator(_check_program)]
 Environment = dict[VariableName, str]
 
 
@@ -171,9 +180,10 @@ class Torchrun(Section):
 class Runner(Torchrun):
     """Where and how the job's processes are started."""
 
-    type: Literal["ssh", "local", "cloud"] = "ssh"
+    type: Literal["ssh", "local", "cloud", "ray", "slurm"] = "ssh"
     """ssh: the hosts of `hostfile`, this machine where there is none; local: this machine alone; cloud: this machine as
-    `node_rank` of `nnodes`"""
+    `node_rank` of `nnodes`; ray: places of a Ray cluster, ours over `hostfile` or the one at `ray_address`; slurm:
+    nodes that Slurm chooses"""
     backend: Annotated[str, AfterValidator(_check_program)] = "torchrun"
     bin_dir: str | None = None
     """a folder put first on PATH: where the `vllm`, `python` or `llama-server` of a service's engine lies"""
@@ -194,11 +204,19 @@ class Runner(Torchrun):
     """each host has an experiment folder of its own: scripts go out to it, logs are fetched from it"""
     enable_monitoring: bool = False
     hang_detection_timeout: Seconds = Field(default=1800, gt=0)
-    docker: str | None = None
+    docker: Annotated[str, AfterValidator(_check_container)] | None = None
+    """name of a container on every host: there the job runs, and what starts and watches it"""
+    python: Program | dict[str, Program] | None = None
+    """the interpreter of hosts where it is not the launcher's own, for all or by host name"""
     device_type: str | None = None
     """the chip of hosts whose hostfile line names none: a record of `flagscale.chips`, or `gpu`, `cpu`"""
     ray_port: int = Field(default=6379, ge=1, le=65535)
     ray_dashboard_port: int = Field(default=8265, ge=1, le=65535)
+    ray_address: str | None = None
+    """a running Ray cluster to take places of: `host:port`, or `auto` for the one that this machine is part of"""
+    ray_wait_s: Seconds = Field(default=60, gt=0)
+    """how long a launch waits for Ray to give the places that it asks for"""
+    slurm: Slurm = Field(default_factory=Slurm)
     runtime_env: str | None = None
     cli_args: CliArgs | None = None
     deploy: Deploy = Field(default_factory=Deploy)

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 from flagscale.chips import find_chip
-from flagscale.errors import Fault
+from flagscale.errors import Fault, find_nearest
 from flagscale.runner.config.experiment import Experiment
 from flagscale.runner.config.hostfile import Host
 
@@ -27,6 +27,10 @@ def choose_hosts(
     if runner.type == "cloud":
         return _choose_cloud(experiment, faults), faults, warnings
     count = _count_nodes(runner.nnodes, faults)
+    if runner.type in ("ray", "slurm"):
+        _check_scheduled(experiment, faults)
+    if runner.type == "slurm" or (runner.type == "ray" and listed is None and runner.ray_address):
+        return _choose_placeholders(experiment, count, faults), faults, warnings
     if listed is None:
         if count > 1:
             faults.append(Fault(NODES, f"is {count}, but there is no hostfile", expected="experiment.runner.hostfile"))
@@ -46,7 +50,18 @@ def choose_hosts(
         if _needs_master(experiment) and hosts[0].is_local and not all(host.is_local for host in hosts):
             text = f"is missing: the first host is `{hosts[0].name}`, a name by which the others would mean themselves"
             faults.append(Fault(MASTER, text, expected="a name or an address by which they reach it"))
+    faults += _find_python_faults(experiment, listed or hosts)
     return tuple(_with_ranks(host, experiment, faults) for host in hosts), faults, warnings
+
+
+def _find_python_faults(experiment: Experiment, listed: tuple[Host, ...]) -> list[Fault]:
+    names = [host.name for host in listed]
+    python = experiment.runner.python
+    unknown = [name for name in python if name not in names] if isinstance(python, dict) else []
+    return [
+        Fault(f"experiment.runner.python.{name}", "is no host of this job", suggestion=find_nearest(name, names))
+        for name in unknown
+    ]
 
 
 def _needs_master(experiment: Experiment) -> bool:
@@ -60,6 +75,33 @@ def _count_nodes(nnodes: int | str | None, faults: list[Fault]) -> int:
         return int(match[1])
     faults.append(Fault(NODES, f"is `{nnodes}`", expected="a whole number above 0, or `min:max`"))
     return 1
+
+
+def _check_scheduled(experiment: Experiment, faults: list[Fault]) -> None:
+    runner, kind = experiment.runner, experiment.task.type
+    path = "experiment.runner.type"
+    if kind == "serve":
+        text = f"is {runner.type}, but it is the service's own controller that starts its replicas"
+        faults.append(Fault(path, text, expected="ssh"))
+    elif kind == "rl" and runner.type == "ray":
+        text = "is ray, but a task of type rl starts a Ray cluster over its hosts by itself"
+        faults.append(Fault(path, text, expected="ssh or slurm"))
+    if runner.no_shared_fs:
+        text = f"is true, but with runner.type {runner.type} agents are told of the run through its folder"
+        faults.append(Fault("experiment.runner.no_shared_fs", text, expected="a folder that all hosts share"))
+
+
+def _choose_placeholders(experiment: Experiment, count: int, faults: list[Fault]) -> tuple[Host, ...]:
+    """`node0`, `node1`, ..: machines that a scheduler chooses."""
+    runner = experiment.runner
+    if runner.type == "slurm" and runner.hostfile:
+        text = "is set, but with runner.type slurm it is Slurm that chooses the nodes"
+        expected = "none; `experiment.runner.slurm.nodelist` asks for certain nodes"
+        faults.append(Fault("experiment.runner.hostfile", text, expected=expected))
+    slots = _local_slots(experiment)
+    names = [f"node{number}" for number in range(count)]
+    hosts = (Host(name, slots, runner.device_type, is_placeholder=True) for name in names)
+    return tuple(_with_ranks(host, experiment, faults) for host in hosts)
 
 
 def _choose_cloud(experiment: Experiment, faults: list[Fault]) -> tuple[Host, ...]:

@@ -4,7 +4,6 @@ from flagscale.errors import Fault
 from flagscale.runner.config.experiment import Experiment
 
 OF_RUNNER = {
-    "docker": "processes start on the host itself, not in a container",
     "enable_monitoring": "every run is watched by its agent",
     "hang_detection_timeout": "a run that hangs is not ended; `flagscale status` shows when it last moved",
     "runtime_env": "the job's environment is that of `experiment.envs`",
@@ -28,6 +27,10 @@ def find_idle(experiment: Experiment) -> list[Fault]:
         for path, name, instead in found
         if getattr(holders[path], name)
     ]
+    for name, kind in (("slurm", "slurm"), ("ray_address", "ray"), ("ray_wait_s", "ray")):
+        if name in runner.model_fields_set and runner.type != kind:
+            text = f"has no effect: experiment.runner.type is {runner.type}, not {kind}"
+            warnings.append(Fault(f"experiment.runner.{name}", text))
     if experiment.auto_tuner:
         warnings.append(Fault("experiment.auto_tuner", "has no effect in this release: there is no tuner"))
     return warnings

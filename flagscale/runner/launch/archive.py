@@ -15,27 +15,33 @@ from pathlib import Path
 
 AGENT = tuple(
     f"runner/launch/{name}.py"
-    for name in ("agent", "journal", "network", "notice", "peers", "procs", "stacks", "watch", "wire")
+    for name in ("agent", "journal", "network", "notice", "peers", "place", "procs", "stacks", "watch", "wire")
 )
+KEEPER = tuple(f"runner/launch/{name}.py" for name in ("keeper", "journal", "network", "place", "ports", "procs"))
+_OF_LAUNCH = ("capacity", "checks", "errands", "files", "journal", "notice", "ports", "procs", "sources")
 ERRANDS = (
     "errors.py",
+    *(f"chips/{name}.py" for name in ("__init__", "ids", "parsers", "probe", "records")),
     *(f"patch/{name}.py" for name in ("state", "tree", "upstream")),
     "runner/config/hostfile.py",
     "runner/plan/job.py",
-    *(
-        f"runner/launch/{name}.py"
-        for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs", "sources")
-    ),
+    *(f"runner/launch/{name}.py" for name in _OF_LAUNCH),
 )
+SURVEY = (
+    *ERRANDS,
+    *(f"runner/launch/{name}.py" for name in ("network", "survey")),
+)
+"""what `flagscale check` sends along"""
 _ROOT = Path(__file__).resolve().parents[2]
-_MAIN = b"import sys\n\nfrom flagscale.runner.launch.agent import main\n\nsys.exit(main(sys.argv))\n"
+_MAINS = {AGENT: "agent", KEEPER: "keeper"}
+_MAIN = "import sys\n\nfrom flagscale.runner.launch.{} import main\n\nsys.exit(main(sys.argv))\n"
 _UNCHECKED = 0b01
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def build_archive(files: tuple[str, ...] = AGENT) -> bytes:
     """Equal sources give equal bytes. `files` are paths below the package, whose own imports they must hold."""
-    members: dict[str, bytes] = {"__main__.py": _MAIN} if files == AGENT else {}
+    members: dict[str, bytes] = {"__main__.py": _MAIN.format(_MAINS[files]).encode()} if files in _MAINS else {}
     for file in files:
         folder = Path("flagscale", file).parent
         members |= {str(parent / "__init__.py"): b"" for parent in (folder, *folder.parents) if parent.name}

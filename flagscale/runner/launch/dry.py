@@ -6,7 +6,8 @@ Equal input gives equal bytes. What only a launch can know stands as its name.
 import shlex
 from typing import Any
 
-from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec, encode_plan
+from flagscale.runner.launch.slurm_script import render_sbatch
+from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, ProcessSpec, encode_plan
 from flagscale.runner.plan.service import decode_service, list_first_jobs
 from flagscale.runner.render.argv import bind_word, render_argv
 from flagscale.runner.render.script import render_script
@@ -45,6 +46,12 @@ def render_dry_run(plan: JobPlan) -> str:
     ranks = f", {plan.num_ranks} ranks" if plan.num_ranks else ""
     head = f"# {plan.exp_name or plan.task}: {plan.task} with {plan.backend} on {len(plan.hosts)} host(s){ranks}"
     lines = [head.replace("\n", " "), f"# outputs: {plan.exp_dir}".replace("\n", " ")]
+    if plan.launcher == "slurm":
+        lines += [
+            "",
+            "# ==== what Slurm is given: sbatch",
+            render_sbatch(plan, str(AtLaunch("run_id")), "python").rstrip(),
+        ]
     for host in plan.hosts:
         for process in host.processes:
             lines += ["", f"# ==== {host.label}: {process.name}", "# environment"]

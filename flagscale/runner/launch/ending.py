@@ -20,7 +20,7 @@ from flagscale.runner.launch.record import HostRecord, load_records
 
 def tell_to_end(run: RunRef, by: str, force: bool = False) -> None:
     """Ask every host of a run to end it: agents of this machine by signal, the others through the run's folder."""
-    if run.remotes:
+    if run.has_notice:
         write_notice(run.notice_path, Notice("", f"stopped by {by}", force))
     ask_to_end(load_records(run), signal.SIGUSR1 if force else signal.SIGTERM)
 

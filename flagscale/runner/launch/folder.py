@@ -28,7 +28,7 @@ from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder
 from flagscale.runner.launch.journal import Entry, Spec, load_spec
 from flagscale.runner.launch.provenance import query_environment, query_git
 from flagscale.runner.launch.sources import query_trees
-from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec, decode_plan, encode_plan
+from flagscale.runner.plan.job import HostPlan, JobPlan, LauncherName, LaunchName, ProcessSpec, decode_plan, encode_plan
 from flagscale.runner.render.script import render_script
 
 RUN_VERSION = 1
@@ -43,6 +43,8 @@ class Remote:
     """How a host of a run is reached. user, port: None leaves it to the user's ssh configuration.
 
     is_shared: the host sees the run's folder of the launching machine; if not, it has one of its own
+    client: what connects; `local` for a container on the launching machine
+    container: everything there happens in this one
     """
 
     label: str
@@ -51,25 +53,36 @@ class Remote:
     port: int | None
     python: str
     is_shared: bool = True
-    client: Literal["paramiko", "openssh"] = "paramiko"
+    client: Literal["paramiko", "openssh", "local"] = "paramiko"
+    container: str | None = None
+
+    def enter(self, words: list[str]) -> list[str]:
+        """A command as it is run on the host, so that it happens where the job is."""
+        return ["docker", "exec", "-i", self.container, *words] if self.container else words
 
     def __str__(self) -> str:
         return f"{self.user}@{self.name}" if self.user else self.name
 
 
 def list_remotes(plan: JobPlan) -> tuple[Remote, ...]:
-    """The hosts of a plan that are other machines, each with this interpreter's path, which is expected there too."""
+    """The hosts of a plan that are other machines or containers, and the interpreter of each.
+
+    Where none is named it is this interpreter's path, which is expected there too, and in a container `python3`.
+    """
     named = None if plan.ssh_port == SSH_PORT else plan.ssh_port
-    hosts = (host for host in plan.hosts if not host.host.is_local)
+    default = "python3" if plan.docker else sys.executable
+    others = (host for host in plan.hosts if plan.docker or not host.host.is_local)
+    hosts = (host for host in others if not host.host.is_placeholder)
     return tuple(
         Remote(
             host.label,
             host.host.name,
             host.host.user,
             host.host.port or named,
-            sys.executable,
+            host.python or default,
             not plan.no_shared_fs,
-            plan.ssh_client,
+            "local" if host.host.is_local else plan.ssh_client,
+            plan.docker,
         )
         for host in hosts
     )
@@ -86,6 +99,12 @@ class RunRef:
     exp_name: str
     labels: tuple[str, ...]
     remotes: tuple[Remote, ...] = ()
+    launcher: LauncherName = "direct"
+
+    @property
+    def has_notice(self) -> bool:
+        """Whether its agents look for a notice in the run's folder, so that it ends without a connection to them."""
+        return bool(self.remotes) or self.launcher != "direct"
 
     @property
     def folder(self) -> Path:
@@ -142,7 +161,8 @@ def ref_of(plan: JobPlan, run_id: str, remotes: tuple[Remote, ...] | None = None
     """remotes: where they are not just what the plan says"""
     labels = tuple(host.label for host in plan.hosts)
     found = list_remotes(plan) if remotes is None else remotes
-    return RunRef(run_id, Path(plan.exp_dir), Path(plan.log_dir), plan.task, plan.exp_name, labels, found)
+    folders = Path(plan.exp_dir), Path(plan.log_dir)
+    return RunRef(run_id, *folders, plan.task, plan.exp_name, labels, found, plan.launcher)
 
 
 def script_path(plan: JobPlan, host: HostPlan, process: ProcessSpec) -> Path:
@@ -164,7 +184,7 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
     is_wired = bool(neighbour) and plan.no_shared_fs
     return Spec(
         run_id=run_id,
-        token=token,
+        token=f"{token}{host.node_rank:04x}",
         label=label,
         node_rank=host.node_rank,
         processes=tuple(entries),
@@ -179,8 +199,9 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         cwd=host.processes[0].cwd if host.processes else "/",
         after_stop=host.after_stop,
         grace_s=grace_s,
-        ending=str(folder / NOTICE) if neighbour else "",
+        ending=str(folder / NOTICE),
         neighbour=neighbour,
+        keeper=str(folder / f"{label}.keeper") if plan.launcher != "direct" else "",
         peer=host.peer,
         interface_vars=host.interface_vars,
         meet_host=plan.master_addr if is_wired else "",
@@ -221,6 +242,7 @@ def describe_job(
         "exp_name": plan.exp_name,
         "labels": [host.label for host in plan.hosts],
         "remotes": [asdict(remote) for remote in list_remotes(plan)],
+        "launcher": plan.launcher,
         "cwd": str(Path.cwd()),
         "command": list(command),
         "values": dict(values),
@@ -253,8 +275,9 @@ def list_files(
         NewFile(exp_dir / "runs" / "current", f"{run_id}\n".encode()),
         NewFile(index_dir() / f"{run_id}.json", _as_json(pointer), 0o600),
     ]
+    port = values["master_port"]  # where a scheduler chooses the machines it is not known yet
     for host in plan.hosts:
-        spec = make_spec(plan, host, run_id, token, grace_s, int(values["master_port"]))
+        spec = make_spec(plan, host, run_id, token, grace_s, int(port) if port.isdecimal() else 0)
         files.append(NewFile(folder / f"{host.label}.spec.json", _as_json(asdict(spec)), 0o600))
         if host.label not in away:
             files += _list_host_files(plan, host, values)
@@ -339,7 +362,8 @@ def load_ref(exp_dir: Path, run_id: str) -> RunRef:
     try:
         folders = Path(job["exp_dir"]), Path(job["log_dir"])
         remotes = tuple(Remote(**row) for row in job.get("remotes", ()))
-        return RunRef(run_id, *folders, job["task"], job["exp_name"], tuple(job["labels"]), remotes)
+        labels, launcher = tuple(job["labels"]), job.get("launcher", "direct")
+        return RunRef(run_id, *folders, job["task"], job["exp_name"], labels, remotes, launcher)
     except (KeyError, TypeError) as error:
         raise RunError(f"run {run_id} is damaged: {run_folder(exp_dir, run_id)}/job.json: {error!r}") from None
 

@@ -1,4 +1,7 @@
-"""Choosing how a plan is started: on this machine, or over SSH if one of its hosts is another one."""
+"""Choosing how a plan is started: by a scheduler, on this machine, or over SSH if one of its hosts is another one.
+
+A container on this machine is another host too: all that there is to do goes through a command that enters it.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +22,11 @@ def submit_job(
     grace_s: float = GRACE_S,
 ) -> RunRef:
     """Start a plan wherever its hosts are, as `local.submit_job` or `ssh.submit_job`, and raise what they raise."""
-    if all(host.host.is_local for host in plan.hosts):
+    if plan.launcher == "slurm":
+        from flagscale.runner.launch import slurm
+
+        return slurm.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
+    if all(host.host.is_local for host in plan.hosts) and plan.docker is None:
         return local.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
     from flagscale.runner.launch import ssh
 

@@ -15,7 +15,14 @@ from typing import Any
 
 from flagscale import env as settings
 from flagscale.errors import LaunchError
-from flagscale.runner.launch.checks import check_local, check_outputs, check_programs, choose_port, gather_secrets
+from flagscale.runner.launch.checks import (
+    check_capacity,
+    check_local,
+    check_outputs,
+    check_programs,
+    choose_port,
+    gather_secrets,
+)
 from flagscale.runner.launch.ending import ask_to_end, catch_interrupts
 from flagscale.runner.launch.files import make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
@@ -31,6 +38,7 @@ from flagscale.runner.launch.folder import (
 from flagscale.runner.launch.patches import expect_patches
 from flagscale.runner.launch.procs import end_leftovers
 from flagscale.runner.launch.record import HostRecord, load_records
+from flagscale.runner.launch.slurm_queue import find_queue
 from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.launch.startup import explain_interrupt, wait_until_up
 from flagscale.runner.plan.job import JobPlan, LaunchName
@@ -80,6 +88,7 @@ def submit_job(
     check_programs(plan, env)
     check_trees(plan, expect_patches(plan))
     check_outputs(plan)
+    check_capacity(plan)
     exp_dir = Path(plan.exp_dir)
     made = make_folder(exp_dir / "runs")
     run: RunRef | None = None
@@ -129,6 +138,12 @@ def refuse_living(run: RunRef, records: Sequence[HostRecord]) -> None:
                 f"{run.exp_dir} already holds a job that runs: {run.run_id}, since {since}; "
                 f"stop it with `flagscale stop {run.run_id}`, or use another `experiment.exp_dir`"
             )
+    queue = find_queue(run)
+    if queue is not None and queue.phase in ("pending", "running"):
+        raise LaunchError(
+            f"{run.exp_dir} already holds run {run.run_id}: {queue}; "
+            f"stop it with `flagscale stop {run.run_id}`, or use another `experiment.exp_dir`"
+        )
 
 
 def strip_secrets(plan: JobPlan, env: Mapping[str, str]) -> dict[str, str]:

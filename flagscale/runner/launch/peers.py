@@ -16,6 +16,7 @@ from pathlib import Path
 
 from flagscale.runner.launch.journal import Spec
 from flagscale.runner.launch.notice import Notice, load_notice, write_notice
+from flagscale.runner.launch.place import find_lost_place
 from flagscale.runner.launch.wire import Wire
 
 SILENCE_BEATS = 12
@@ -30,7 +31,7 @@ def _modified(path: Path) -> int | None:
 
 
 class Peers:
-    """One agent's view of the others. Where the spec names none it sees nothing and writes nothing."""
+    """One agent's view of the others. Where the spec names no neighbour it ends no others, and misses none."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -41,7 +42,7 @@ class Peers:
         self.seen: dict[str, tuple[int | None, float]] = {}
 
     def tell(self, reason: str | None) -> None:
-        if self.path is not None:
+        if self.path is not None and self.spec.neighbour:
             self._keep(self.path, Notice(self.spec.label, reason or "no reason was given"))
 
     def _keep(self, path: Path, notice: Notice) -> Notice:
@@ -61,6 +62,8 @@ class Peers:
     def find_silence(self) -> str | None:
         """What to say if the neighbour's heartbeat stands still while our own can be written, or the wire is silent."""
         now = time.monotonic()
+        if loss := find_lost_place(self.spec):
+            return loss
         if self.wire is not None:
             return self.wire.find_silence(SILENCE_BEATS * self.spec.heartbeat_s)
         if not self.spec.neighbour or now < self.next_look:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from flagscale.runner.launch.archive import ERRANDS, build_archive
+from flagscale.runner.launch.archive import ERRANDS, SURVEY, build_archive
 from flagscale.runner.launch.connection import Connection, LinkError, open_connection
 from flagscale.runner.launch.errands import BOOT
 from flagscale.runner.launch.folder import Remote, RunRef
@@ -33,6 +33,7 @@ CUT_OFF_AFTER_S = 30.0
 MOST_THREADS = 64
 ASK_AWAY_EVERY_S = 2.0
 """Of hosts whose journals have to be fetched."""
+_OF_DOCKER = "Error response from daemon"
 Result = TypeVar("Result")
 _MISSING = (126, 127)
 """exit codes of a shell that cannot run a program"""
@@ -47,14 +48,24 @@ class Reply:
 
 
 class Links:
-    """Open connections to some hosts; owns them, and closes them at the end of a `with`."""
+    """Open connections to some hosts; owns them, and closes them at the end of a `with`.
 
-    def __init__(self, remotes: Sequence[Remote], accept_new: bool = False, limit_s: float = CONNECT_LIMIT_S) -> None:
+    module: whose errands are sent along
+    """
+
+    def __init__(
+        self,
+        remotes: Sequence[Remote],
+        accept_new: bool = False,
+        limit_s: float = CONNECT_LIMIT_S,
+        module: Literal["errands", "survey"] = "errands",
+    ) -> None:
         self.remotes = {remote.label: remote for remote in remotes}
         self.accept_new = accept_new
         self.limit_s = limit_s
         self.open: dict[str, Connection] = {}
-        self.archive = build_archive(ERRANDS)
+        self.archive = build_archive(SURVEY if module == "survey" else ERRANDS)
+        self.boot = BOOT.format(module=module)
 
     def __enter__(self) -> "Links":
         return self
@@ -74,7 +85,7 @@ class Links:
         def run(label: str) -> Reply:
             request = json.dumps({"errand": errand, **requests[label]}).encode()
             text = f"{len(self.archive)}\n".encode() + self.archive + request + b"\n"
-            return self._run(label, [self.remotes[label].python, "-I", "-S", "-c", BOOT], text, limit_s)
+            return self._run(label, [self.remotes[label].python, "-I", "-S", "-c", self.boot], text, limit_s)
 
         return self.each(requests, run)
 
@@ -94,14 +105,14 @@ class Links:
         try:
             if label not in self.open:
                 self.open[label] = open_connection(self.remotes[label], self.accept_new, self.limit_s)
-            code, out, err = self.open[label].run(words, text, limit_s)
+            code, out, err = self.open[label].run(self.remotes[label].enter(words), text, limit_s)
         except LinkError as error:
             if broken := self.open.pop(label, None):
                 broken.close()
             return Reply({}, str(error))
         told = err.decode(errors="replace").strip()
-        if code in _MISSING:
-            return Reply({}, f"has no interpreter {words[0]}: {told}; expected the launcher's own, on the same path")
+        if code in _MISSING or (code == 1 and _OF_DOCKER in told):
+            return Reply({}, _explain_missing(self.remotes[label], told))
         lines = out.decode(errors="replace").strip().splitlines()
         try:
             if code != 0:
@@ -109,6 +120,23 @@ class Links:
             return Reply(json.loads(lines[-1]))
         except (ValueError, IndexError):
             return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {told or out.decode(errors='replace')}")
+
+
+def _explain_missing(remote: Remote, told: str) -> str:
+    """Why not even Python could be run."""
+    if remote.container and _OF_DOCKER in told:
+        return f"has no running container `{remote.container}` (`experiment.runner.docker`): {told}"
+    if remote.container and "docker" in told and "OCI" not in told:
+        return f"cannot run `docker`: {told}"
+    if remote.container:
+        return (
+            f"has no {remote.python} in its container `{remote.container}`: {told}; name the interpreter there by "
+            "`experiment.runner.python`"
+        )
+    return (
+        f"has no interpreter {remote.python}: {told}; expected the launcher's own, on the same path, or the one that "
+        "`experiment.runner.python` names"
+    )
 
 
 def watchers_of(record: HostRecord) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def load_record(run: RunRef, label: str, answer: Answer | None = None) -> HostRe
     if started["machine"] != procs.name_machine():
         has_ended = any(event["event"] == "job_ended" for event in events)  # an agent's last word
         sign_s = age
-        if age is None and run.remotes:  # the first heartbeat comes a moment after the first events
+        if age is None and run.has_notice:  # the first heartbeat comes a moment after the first events
             sign_s = _age(path)
         is_fresh = sign_s is not None and sign_s < MISSED_BEATS * spec.heartbeat_s and not has_ended
         if answer is None or answer.unreachable:

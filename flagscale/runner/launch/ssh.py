@@ -14,6 +14,7 @@ import base64
 import json
 import secrets as random_words
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.errors import FlagScaleError, LaunchError, UserError
-from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port, gather_secrets
+from flagscale.runner.launch.checks import check_capacity, check_outputs, check_programs, choose_port, gather_secrets
 from flagscale.runner.launch.ending import catch_interrupts
 from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
@@ -137,6 +138,8 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
             faults.append(("launch", (name, reply.fault)))
             continue
         faults += [(kind, (name, text)) for kind, text in reply.answer["faults"]]
+        for note in reply.answer["notes"]:
+            print(f"note: {name}: {note}", file=sys.stderr)
         port = reply.answer["port"] or port
         if not reply.answer["is_shared"]:
             away.add(host.label)
@@ -145,21 +148,26 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
 
 
 def _ask_ready(plan: JobPlan, links: Links, patches: Mapping[str, str]) -> dict[str, Reply]:
+    with make_requests(plan, patches) as requests:
+        return links.call("check", {label: requests[label] for label in links.remotes}, CHECK_LIMIT_S)
+
+
+@contextmanager
+def make_requests(plan: JobPlan, patches: Mapping[str, str]) -> Iterator[dict[str, dict[str, Any]]]:
+    """Label of each host -> what its `check` is asked, as long as the file lies there that the hosts should see."""
     current = find_current(Path(plan.exp_dir))
     with _place_nonce(Path(plan.exp_dir)) as (path, nonce):
-        requests = {
+        yield {
             host.label: {
                 "plan": encode_plan(replace(plan, hosts=(host,))),
                 "nonce_path": str(path),
                 "nonce": nonce,
                 "is_head": host is plan.hosts[0],
                 "known_run": current.run_id if current else None,
-                "patches": patches,
+                "patches": dict(patches),
             }
             for host in plan.hosts
-            if host.label in links.remotes
         }
-        return links.call("check", requests, CHECK_LIMIT_S)
 
 
 def raise_faults(faults: Sequence[tuple[str, Fault]], num_hosts: int) -> None:
@@ -181,6 +189,7 @@ def _check_here(
         check_programs(alone, env)
         check_trees(alone, patches)
         check_outputs(alone)
+        check_capacity(alone)
     except FlagScaleError as error:
         yield ("user" if isinstance(error, UserError) else "launch"), str(error)
 

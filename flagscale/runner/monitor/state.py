@@ -12,16 +12,27 @@ from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.procs import find_ours
 from flagscale.runner.launch.reach import load_true_records
 from flagscale.runner.launch.record import Event, HostRecord, describe_stacks, order_by_cause
+from flagscale.runner.launch.slurm_queue import find_queue
 from flagscale.runner.monitor.progress import Iteration, find_last_iteration
+from flagscale.runner.monitor.queued import judge_queued
 
 State = Literal[
-    "starting", "running", "stopping", "unreachable", "succeeded", "failed", "stopped", "lost", "never_started"
+    "pending",
+    "starting",
+    "running",
+    "stopping",
+    "unreachable",
+    "succeeded",
+    "failed",
+    "stopped",
+    "lost",
+    "never_started",
 ]
 RankStateName = Literal["waiting", "starting", "up", "exited", "failed", "ended", "gone"]
 
 ENDED: tuple[State, ...] = ("succeeded", "failed", "stopped", "lost", "never_started")
 _WORST_FIRST: tuple[State, ...] = ("failed", "lost", "stopped", "never_started", "succeeded")
-_BUSIEST_FIRST: tuple[State, ...] = ("unreachable", "stopping", "starting", "running")
+_BUSIEST_FIRST: tuple[State, ...] = ("unreachable", "stopping", "pending", "starting", "running")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +97,8 @@ def query_run(run: RunRef) -> RunState:
     """
     records = load_true_records(run)
     hosts = tuple(_judge_host(record) for record in records)
+    if queue := find_queue(run):
+        hosts = tuple(judge_queued(host, queue, run) for host in hosts)
     state = _judge_run(hosts)
     order = [record.label for record in order_by_cause(records)]
     worst = min((host for host in hosts if host.state == state), key=lambda host: order.index(host.label))

@@ -9,11 +9,11 @@ from typing import Any
 from flagscale.chips import find_chip
 from flagscale.chips.records import GLOO_INTERFACE
 from flagscale.errors import UserError
-from flagscale.runner.config.experiment import DEFAULT_BACKENDS
+from flagscale.runner.config.experiment import DEFAULT_BACKENDS, Runner
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.config.load import Config
 from flagscale.runner.config.tasks import Train
-from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, ProcessSpec, Word
+from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, LauncherName, ProcessSpec, Word
 from flagscale.runner.plan.site import Site
 
 LOG_DIRS = {
@@ -98,8 +98,20 @@ def environment_of(config: Config, host: Host) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in merged.items() if name not in config.secrets)
 
 
-def bin_dirs_of(site: Site) -> tuple[str, ...]:
-    return (site.bin_dir,) if site.bin_dir else ()
+def python_of(config: Config, host: Host) -> str | None:
+    """The interpreter that the configuration names for a host."""
+    named = config.experiment.runner.python
+    return named.get(host.name) if isinstance(named, dict) else named
+
+
+def bin_dirs_of(config: Config, site: Site, host: Host) -> tuple[str, ...]:
+    """What goes before the PATH of a host's processes: the folder of its interpreter.
+
+    A container has a PATH of its own, and the launcher's folders are not in it.
+    """
+    if named := python_of(config, host):
+        return (posixpath.dirname(named),) if "/" in named else ()
+    return (site.bin_dir,) if site.bin_dir and not config.experiment.runner.docker else ()
 
 
 def plan_host(
@@ -123,7 +135,8 @@ def plan_host(
         before_start=cmds.before_start,
         after_stop=cmds.after_stop,
         peer=peer,
-        interface_vars=_interface_vars(config, host) if peer else (),
+        interface_vars=_interface_vars(config, host) if peer or is_master_unknown(config) else (),
+        python=python_of(config, host),
     )
 
 
@@ -132,6 +145,8 @@ def _find_peer(config: Config, node_rank: int) -> str:
     runner = config.experiment.runner
     if config.task_type in ("inference", "compress") or runner.per_node_task:
         return ""
+    if is_master_unknown(config):
+        return ""  # `keeper.py` knows it, once a scheduler has chosen
     if node_rank > 0:
         return master_of(config)
     return config.hosts[1].name if len(config.hosts) > 1 else ""
@@ -161,9 +176,25 @@ def plan_job(config: Config, outputs: Outputs, hosts: tuple[HostPlan, ...], **fi
         ssh_port=experiment.runner.ssh_port,
         accept_new_host_keys=experiment.runner.accept_new_host_keys,
         ssh_client=experiment.runner.ssh_client,
+        launcher=launcher_of(experiment.runner),
+        launcher_options=launcher_options_of(experiment.runner),
         no_shared_fs=experiment.runner.no_shared_fs,
+        docker=experiment.runner.docker,
         **fields,
     )
+
+
+def launcher_of(runner: Runner) -> LauncherName:
+    return runner.type if runner.type == "ray" or runner.type == "slurm" else "direct"
+
+
+def launcher_options_of(runner: Runner) -> tuple[tuple[str, str], ...]:
+    if runner.type == "slurm":
+        return runner.slurm.list_options()
+    if runner.type == "ray":
+        address = (("address", runner.ray_address),) if runner.ray_address else ()
+        return (*address, ("wait_s", f"{runner.ray_wait_s:g}"))
+    return ()
 
 
 def master_of(config: Config) -> str:
@@ -175,9 +206,16 @@ def address_of(host: str, port: int | str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_master_unknown(config: Config) -> bool:
+    """Whether only a scheduler will say which machine is the first."""
+    return config.hosts[0].is_placeholder and config.experiment.runner.master_addr is None
+
+
 def master_endpoint(config: Config, host: str) -> Word:
     """Where ranks meet: the configuration's port, or the one that is chosen at launch."""
     port = config.experiment.runner.master_port
+    if is_master_unknown(config) and host == master_of(config):
+        return AtLaunch("master_addr", "", f":{port}") if port else AtLaunch("master_endpoint")
     return address_of(host, port) if port else AtLaunch("master_port", address_of(host, ""))
 
 
@@ -197,7 +235,7 @@ def plan_ray(
     if len(hosts) == 1:
         return ()
     runner = config.experiment.runner
-    argv: tuple[str, ...] = ("ray", "start", "--block", "--disable-usage-stats")
+    argv: tuple[Word, ...] = ("ray", "start", "--block", "--disable-usage-stats")
     if node_rank == 0:
         argv += ("--head", "--port", str(runner.ray_port), "--dashboard-port", str(runner.ray_dashboard_port))
     else:
@@ -207,12 +245,14 @@ def plan_ray(
         argv += ("--num-gpus", str(host.slots))
     elif chip is not None and chip.device == "cpu":
         argv += ("--num-cpus", str(host.slots))
-    bin_dirs = ((runner.bin_dir,) if runner.bin_dir else ()) + bin_dirs_of(site)
+    bin_dirs = ((runner.bin_dir,) if runner.bin_dir else ()) + bin_dirs_of(config, site, host)
     return (ProcessSpec("ray", argv, site.root, env=env, bin_dirs=bin_dirs),)
 
 
-def ray_address(config: Config, hosts: tuple[Host, ...]) -> str:
+def ray_address(config: Config, hosts: tuple[Host, ...]) -> Word:
     """Where the head of a Ray cluster of these hosts answers."""
+    if is_master_unknown(config):
+        return AtLaunch("master_addr", "", f":{config.experiment.runner.ray_port}")
     head = master_of(config) if hosts[0] is config.hosts[0] else hosts[0].name
     return address_of(head, config.experiment.runner.ray_port)
 

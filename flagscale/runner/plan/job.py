@@ -15,8 +15,10 @@ from flagscale.runner.config.hostfile import Host
 
 PLAN_VERSION = 1
 
-LaunchName = Literal["master_port", "next_port", "num_threads", "run_id"]
-"""master_port: a free port of the head host; next_port: the one after it; num_threads: a replica's part of a CPU"""
+LaunchName = Literal["master_port", "next_port", "num_threads", "run_id", "master_addr", "master_endpoint"]
+"""master_port: a free port of the head host; next_port: the one after it; num_threads: a replica's part of a CPU;
+master_addr: the first machine where a scheduler chooses it; master_endpoint: `<master_addr>:<master_port>`"""
+LauncherName = Literal["direct", "ray", "slurm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class HostPlan:
     """the address of another host of the job; empty where this one is alone, or the planner does not know any"""
     interface_vars: tuple[str, ...] = ()
     """variables that get the interface which leads to `peer`, found on the host, where nothing else sets them"""
+    python: str | None = None
+    """the interpreter there; None: the launcher's own path, in a container `python3`"""
 
     @property
     def label(self) -> str:
@@ -128,11 +132,17 @@ class JobPlan:
     foreground: bool = False
     start_timeout_s: float = 1800.0
     ssh_port: int | None = None
+    launcher: LauncherName = "direct"
+    """direct: this machine, or hosts over SSH"""
+    launcher_options: tuple[tuple[str, str], ...] = ()
+    """for slurm: options of sbatch, the value empty for a switch; for ray: `address`, `wait_s`"""
     accept_new_host_keys: bool = False
     """remember the key of a host that was never met; one that changed is refused in any case"""
     ssh_client: Literal["paramiko", "openssh"] = "paramiko"
     no_shared_fs: bool = False
     """each host has an experiment folder of its own, on the same path"""
+    docker: str | None = None
+    """the container on every host that the job runs in, and its agent with it"""
     service: Mapping[str, Any] | None = None
     """what the controller of a service is told (`plan/service.py`)"""
     version: int = PLAN_VERSION
@@ -202,4 +212,5 @@ def decode_plan(row: dict[str, Any]) -> JobPlan:
     if row.get("version") != PLAN_VERSION:
         raise UserError(f"this plan has version {row.get('version')}; this release reads version {PLAN_VERSION}")
     hosts = tuple(_host(host) for host in row["hosts"])
-    return JobPlan(**{**row, "hosts": hosts, "secrets": tuple((name, source) for name, source in row["secrets"])})
+    pairs = {name: tuple((key, value) for key, value in row.get(name, ())) for name in ("secrets", "launcher_options")}
+    return JobPlan(**{**row, **pairs, "hosts": hosts})

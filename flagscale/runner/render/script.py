@@ -1,14 +1,28 @@
 """From a process of a plan to the bash script that an agent runs.
 
 This is the one place where a word is quoted for a shell. The only text that passes unquoted is the user's own shell
-code, `cmds.before_start`; a failure in it ends the script before the process starts.
+code, `cmds.before_start`; a failure in it ends the script before the process starts. A part of a word that only the
+host knows, because a scheduler chose it, is read from the environment (`from_environment`), quoted like the rest.
 """
 
+import re
 import shlex
 from collections.abc import Mapping
 
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, ProcessSpec
 from flagscale.runner.render.argv import bind_word, render_argv
+
+_FROM_ENVIRONMENT = re.compile("\0([A-Z][A-Z0-9_]*)\0")
+
+
+def from_environment(name: str) -> str:
+    """Stands in a word for the value that this variable has on the host. No other word can hold a NUL."""
+    return f"\0{name}\0"
+
+
+def quote_word(word: str) -> str:
+    """The word as bash reads it back. A NUL makes shlex quote the word whole, so a mark is always inside of quotes."""
+    return _FROM_ENVIRONMENT.sub(r"""'"${\1:?}"'""", shlex.quote(word))
 
 
 def _quoted_argv(argv: tuple[str, ...]) -> str:
@@ -17,7 +31,7 @@ def _quoted_argv(argv: tuple[str, ...]) -> str:
     for word in argv:
         if word.startswith("--") and lines[-1]:
             lines.append([])
-        lines[-1].append(shlex.quote(word))
+        lines[-1].append(quote_word(word))
     return " \\\n  ".join(" ".join(line) for line in lines)
 
 
@@ -27,7 +41,7 @@ def _prepend(name: str, folders: tuple[str, ...]) -> str:
 
 def _exports(process: ProcessSpec, values: Mapping[LaunchName, str] | None) -> list[str]:
     """The environment; what the process needs on PATH and PYTHONPATH stays before what the user puts there."""
-    lines = [f"export {name}={shlex.quote(bind_word(value, values))}" for name, value in process.env]
+    lines = [f"export {name}={quote_word(bind_word(value, values))}" for name, value in process.env]
     named = {name for name, _ in process.env}
     if process.path_dirs:
         lines.append(_prepend("PYTHONPATH", process.path_dirs))

@@ -93,12 +93,11 @@ class Forwarder:
 
     async def forward(self, request: Request, send: Send, record: Record) -> None:
         """Answer a request by a replica, or by an error. Raises Refusal while nothing has been sent."""
-        until = record.started + self._settings.hold_timeout_s
         tried: frozenset[tuple[str, int]] = frozenset()
         retries_left = self._settings.retries
         fault: ReplicaFault | None = None
         while True:
-            lease = await self._lease(request, tried, until, fault)
+            lease = await self._lease(request, tried, fault)
             if lease is None:
                 break
             record.model, record.replica = request.model, lease.replica.id
@@ -119,12 +118,13 @@ class Forwarder:
         await _send_fault(fault, request, record, send)
 
     async def _lease(
-        self, request: Request, tried: frozenset[tuple[str, int]], until: float, fault: ReplicaFault | None
+        self, request: Request, tried: frozenset[tuple[str, int]], fault: ReplicaFault | None
     ) -> Lease | None:
         """A replica for the next try; None where the last one's own answer is better than to wait for another."""
         try:
             if fault is not None and (fault.answer or fault.status == 504):
                 return self._pool.find_lease(request.model, request.key, tried)
+            until = asyncio.get_running_loop().time() + self._settings.hold_timeout_s
             return await self._pool.acquire(request.model, request.key, tried, until)
         except UnknownModelError as error:
             raise Refusal(404, str(error), "model_not_found", "model") from None
@@ -145,10 +145,8 @@ class Forwarder:
                 response = await stack.enter_async_context(self._post(it))
                 stack.callback(response.close)
                 await self._answer(it, response)
-        except (
-            aiohttp.ClientError,
-            OSError,
-        ) as error:  # OSError includes TimeoutError, of a connection or of the limit
+        except (aiohttp.ClientError, OSError) as error:
+            # OSError includes TimeoutError, of a connection or of the limit.
             reason, status = self._tell(it, error)
             is_to_blame = not (it.lease.is_cut or it.is_sending)
             if is_to_blame:
