@@ -24,6 +24,7 @@ ERRANDS = (
     "runner/plan/job.py",
     *(f"runner/launch/{name}.py" for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs")),
 )
+RAY_ERRANDS = (*ERRANDS, "runner/launch/ray_place.py")
 _ROOT = Path(__file__).resolve().parents[2]
 _MAINS = {AGENT: "agent", KEEPER: "keeper"}
 _MAIN = "import sys\n\nfrom flagscale.runner.launch.{} import main\n\nsys.exit(main(sys.argv))\n"

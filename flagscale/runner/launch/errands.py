@@ -9,6 +9,12 @@ what `place` was given, and the host's answers come from the same code that chec
     end      machine pids signum notice              -> {}
     clean    token grace_s                           -> num_left, how many processes without a watcher were ended
 
+of the hosts of a Ray cluster:
+
+    versions                                         -> python, ray
+    ports    num head                                -> ports, address, head, or fault
+    ray      act ..                                  -> as of `ray_place.py`, or fault
+
 and of a host that has an experiment folder of its own:
 
     place    files [[path, text, mode]..] folders    -> fault, or files and folders that are new
@@ -21,12 +27,14 @@ and of a host that has an experiment folder of its own:
 import base64
 import json
 import os
+import platform
 import socket
 import sys
 import time
 import zlib
 from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +44,7 @@ from flagscale.runner.launch.checks import check_outputs, check_programs, choose
 from flagscale.runner.launch.files import NewFile, Written, write_all
 from flagscale.runner.launch.journal import find_rank_files, load_events, load_spec, read_tail
 from flagscale.runner.launch.notice import Notice, write_notice
+from flagscale.runner.launch.ports import find_free_port
 from flagscale.runner.plan.job import JobPlan, decode_plan
 
 TAIL_BYTES = 1 << 14
@@ -210,7 +219,36 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
     return {"paths": list(map(str, find_rank_files(Path(request["details"]), request["local_rank"])))}
 
 
-ERRANDS = {function.__name__: function for function in (check, ask, end, clean, place, unplace, report, read, ranks)}
+def versions(_request: dict[str, Any]) -> dict[str, Any]:
+    """Of Python and of Ray; None where Ray is not installed."""
+    try:
+        ray: str | None = metadata.version("ray")
+    except metadata.PackageNotFoundError:
+        ray = None
+    return {"python": platform.python_version(), "ray": ray}
+
+
+def ports(request: dict[str, Any]) -> dict[str, Any]:
+    """Free ports, the address by which this host reaches `head`, and the one that it knows for it."""
+    try:
+        known = socket.gethostbyname(request["head"])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((known, 9))  # nothing is sent
+            own = probe.getsockname()[0]
+    except OSError as error:
+        return {"fault": f"does not know the head host `{request['head']}`: {error.strerror or error}"}
+    free = [port for _ in range(request["num"]) if (port := find_free_port())]
+    return {"ports": free, "address": own, "head": known}
+
+
+def ray(request: dict[str, Any]) -> dict[str, Any]:
+    from flagscale.runner.launch.ray_place import act
+
+    return act(request)
+
+
+_ALL = (check, ask, end, clean, place, unplace, report, read, ranks, versions, ports, ray)
+ERRANDS = {function.__name__: function for function in _ALL}
 
 
 def main() -> None:

@@ -47,6 +47,11 @@ class Reply:
     fault: str | None = None
 
 
+def pack_errand(archive: bytes, errand: str, request: Mapping[str, Any]) -> bytes:
+    """What `BOOT` reads on a host."""
+    return f"{len(archive)}\n".encode() + archive + json.dumps({"errand": errand, **request}).encode() + b"\n"
+
+
 class Links:
     """Open connections to some hosts; owns them, and closes them at the end of a `with`."""
 
@@ -73,9 +78,8 @@ class Links:
         """Run an errand on each host that `requests` names, all at once."""
 
         def run(label: str) -> Reply:
-            request = json.dumps({"errand": errand, **requests[label]}).encode()
-            text = f"{len(self.archive)}\n".encode() + self.archive + request + b"\n"
-            return self._run(label, [self.remotes[label].python, "-I", "-c", BOOT], text, limit_s)
+            words = [self.remotes[label].python, "-I", "-c", BOOT]
+            return self._run(label, words, pack_errand(self.archive, errand, requests[label]), limit_s)
 
         return self.each(requests, run)
 
@@ -102,16 +106,20 @@ class Links:
             if broken := self.open.pop(label, None):
                 broken.close()
             return Reply({}, str(error))
-        told = err.decode(errors="replace").strip()
-        if code in _MISSING:
-            return Reply({}, f"has no interpreter {words[0]}: {told}; expected the launcher's own, on the same path")
-        lines = out.decode(errors="replace").strip().splitlines()
-        try:
-            if code != 0:
-                raise ValueError
-            return Reply(json.loads(lines[-1]))
-        except (ValueError, IndexError):
-            return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {told or out.decode(errors='replace')}")
+        return read_reply(words, code, out.decode(errors="replace"), err.decode(errors="replace"))
+
+
+def read_reply(words: Sequence[str], code: int, out: str, err: str) -> Reply:
+    """What a command said whose last line is to be JSON."""
+    told = err.strip()
+    if code in _MISSING:
+        return Reply({}, f"has no interpreter {words[0]}: {told}; expected the launcher's own, on the same path")
+    try:
+        if code != 0:
+            raise ValueError
+        return Reply(json.loads(out.strip().splitlines()[-1]))
+    except (ValueError, IndexError):
+        return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {told or out}")
 
 
 def watchers_of(record: HostRecord) -> dict[str, Any]:
