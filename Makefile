@@ -41,8 +41,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/startup.py
 
 source: $(VENV)/.train
-	$(call say,"the pinned Megatron-LM source")
-	@$(BIN)/flagscale source status megatron >/dev/null 2>&1 || $(BIN)/flagscale source fetch megatron
+	$(call say,"the pinned Megatron-LM source$(comma) patched for this machine")
+	@$(BIN)/flagscale source fetch megatron
 
 comma := ,
 

@@ -2,10 +2,11 @@
 
     python benchmarks/startup.py [--runs 15]
 
-Two ratios, each of whole processes run in turn (A B A B ..) so that a machine's drift falls on both alike; the median
+Three ratios, each of whole processes run in turn (A B A B ..) so that a machine's drift falls on both alike; the median
 of the pairs is quoted, of processor time and of wall time:
 
     dry run of a 64-host job through run.py  /  an empty Hydra application       promised: at most 1.5
+    the same of 1,024 hosts                  /  an empty Hydra application       promised: at most 3
     flagscale --help                         /  python -c pass                    promised: at most 3
 """
 
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_HOSTS = 64
+NUM_HOSTS, MOST_HOSTS = 64, 1024
 
 EMPTY_APP = """
 import hydra
@@ -34,18 +35,18 @@ def main(config):
 main()
 """
 
-EXPERIMENT = f"""
+EXPERIMENT = """
 defaults:
   - _self_
   - train: model
 experiment:
   exp_name: startup
-  exp_dir: {{folder}}/outputs
-  task: {{{{type: train, backend: megatron, entrypoint: ./flagscale/train/train_gpt.py}}}}
-  runner: {{{{backend: torchrun, nnodes: {NUM_HOSTS}, nproc_per_node: 8, hostfile: {{folder}}/hostfile.txt}}}}
-  envs: {{{{CUDA_DEVICE_MAX_CONNECTIONS: 1, NCCL_SOCKET_IFNAME: bond0}}}}
+  exp_dir: {folder}/outputs
+  task: {{type: train, backend: megatron, entrypoint: ./flagscale/train/train_gpt.py}}
+  runner: {{backend: torchrun, nnodes: {num_hosts}, nproc_per_node: 8, hostfile: {folder}/hostfile.txt}}
+  envs: {{CUDA_DEVICE_MAX_CONNECTIONS: 1, NCCL_SOCKET_IFNAME: bond0}}
 action: dryrun
-hydra: {{{{run: {{{{dir: "${{{{experiment.exp_dir}}}}/hydra"}}}}}}}}
+hydra: {{run: {{dir: "${{experiment.exp_dir}}/hydra"}}}}
 """
 
 TASK = """
@@ -65,7 +66,7 @@ model:
   seq_length: 8192
   max_position_embeddings: 8192
   micro_batch_size: 1
-  global_batch_size: 1024
+  global_batch_size: 2048
   train_iters: 1000
   optimizer: {weight_decay: 0.1, clip_grad: 1.0, lr_scheduler: {lr: 3.0e-4, min_lr: 3.0e-5, lr_decay_style: cosine}}
 data:
@@ -74,12 +75,12 @@ data:
 """
 
 
-def write_inputs(folder: Path) -> tuple[list[str], list[str]]:
+def write_inputs(folder: Path, num_hosts: int = NUM_HOSTS) -> tuple[list[str], list[str]]:
     """The command lines of the dry run and of the empty application."""
     (folder / "conf" / "train").mkdir(parents=True)
-    (folder / "conf" / "job.yaml").write_text(EXPERIMENT.format(folder=folder))
+    (folder / "conf" / "job.yaml").write_text(EXPERIMENT.format(folder=folder, num_hosts=num_hosts))
     (folder / "conf" / "train" / "model.yaml").write_text(TASK)
-    (folder / "hostfile.txt").write_text("".join(f"node-{i} slots=8 type=H100\n" for i in range(NUM_HOSTS)))
+    (folder / "hostfile.txt").write_text("".join(f"node-{i} slots=8 type=H100\n" for i in range(num_hosts)))
     (folder / "empty.py").write_text(EMPTY_APP)
     job = [sys.executable, str(ROOT / "run.py"), "--config-path", str(folder / "conf"), "--config-name", "job"]
     return job, [sys.executable, str(folder / "empty.py"), f"hydra.run.dir={folder / 'empty'}"]
@@ -116,9 +117,11 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=15, help="counted pairs (default: 15)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        job, empty = write_inputs(Path(folder))
+        job, empty = write_inputs(Path(folder, "some"))
+        large, _ = write_inputs(Path(folder, "many"), MOST_HOSTS)
         kept = [
             compare(f"{NUM_HOSTS}-host dry run / empty Hydra application", job, empty, 1.5, args.runs),
+            compare(f"{MOST_HOSTS}-host dry run / empty Hydra application", large, empty, 3.0, args.runs),
             compare(
                 "flagscale --help / python -c pass",
                 [str(Path(sys.executable).with_name("flagscale")), "--help"],

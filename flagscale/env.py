@@ -19,7 +19,7 @@ RANK_DIR = "FLAGSCALE_RANK_DIR"
 """Set for a job: the folder in which a rank tells that it is up, by a file `rank_<rank>.up`."""
 
 CHIP = "FLAGSCALE_CHIP"
-"""Set for a job: the name of the chip record (`Generic_CPU`, `NVIDIA`) whose hooks its ranks install."""
+"""Set for a job: the name of the record (`Generic_CPU`, `NVIDIA`) of the chip that its ranks run on."""
 
 
 def state_dir() -> Path:
@@ -36,11 +36,19 @@ def root_dir() -> Path:
     return checkout if (checkout / "run.py").is_file() and (checkout / "examples").is_dir() else package / "share"
 
 
-def source_dir(backend: str) -> Path:
-    """Where the fetched source tree of `backend` (`Megatron-LM`) lies: the folder to put on a job's PYTHONPATH."""
+def source_dir(backend: str, chip: str | None = None) -> Path:
+    """Where the fetched source of `backend` (`Megatron-LM`) lies: upstream's, or the tree that is patched for a chip.
+
+    chip: a record's name; its tree lies beside upstream's, under that name
+    """
     if explicit := os.environ.get(SOURCE_DIR):
-        return Path(explicit) / backend / "src"
+        return Path(explicit) / backend / (chip or "src")
     root = root_dir()
     if root.name == "share":
-        root = Path.home() / ".cache" / "flagscale"
-    return root / "third_party" / backend / "src"
+        root = wheel_dir()
+    return root / "third_party" / backend / (chip or "src")
+
+
+def wheel_dir() -> Path:
+    """What a wheel has in place of a checkout to fetch sources into."""
+    return Path.home() / ".cache" / "flagscale"

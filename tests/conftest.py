@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-USER_VARIABLES = ("DATA_PATH", "TOKENIZER_PATH")
+USER_VARIABLES = ("DATA_PATH", "TOKENIZER_PATH", "MODEL_PATH", "NETWORK_INTERFACE")
 """variables that the examples read: a golden script is what a user gets who has set none"""
 
-EXPERIMENTS = tuple(sorted(ROOT.glob("examples/*/conf/*.yaml")))
+EXPERIMENTS = tuple(sorted(ROOT.glob("examples/*/conf/train*.yaml")))
+SERVICES = tuple(sorted(ROOT.glob("examples/*/conf/serve*.yaml")))
 
 
 def name_of(experiment: Path) -> str:

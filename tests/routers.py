@@ -37,10 +37,10 @@ def run(work: Coroutine[Any, Any, None]) -> None:
         await work
         await until(lambda: asyncio.all_tasks() <= before)
 
-    asyncio.run(asyncio.wait_for(checked(), 60))
+    asyncio.run(asyncio.wait_for(checked(), 200))
 
 
-async def until(holds: Callable[[], object], timeout_s: float = 10) -> None:
+async def until(holds: Callable[[], object], timeout_s: float = 40) -> None:
     """Wait for something to become true."""
     async with asyncio.timeout(timeout_s):
         while not holds():

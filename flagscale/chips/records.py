@@ -36,7 +36,6 @@ class Chip:
     visible_devices: the environment variables that choose among a host's chips, the first one decides
     env: exported for every job, beneath `experiment.envs`
     backend_args: backend -> argument defaults
-    hooks: the module below flagscale.hooks whose HOOKS a training rank installs, None for those every chip needs
     discovery: the program that lists a host's chips, None where they are counted otherwise
     library: the vendor's collective library, beneath `collectives`
     container_devices: the variable by which the vendor's container runtime is told which chips to let in
@@ -55,7 +54,6 @@ class Chip:
     visible_devices: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=_nothing)
     backend_args: Mapping[str, Arguments] = field(default_factory=_nothing)
-    hooks: str | None = None
     discovery: str | None = None
     library: str | None = None
     container_devices: str | None = None
@@ -117,7 +115,6 @@ GENERIC_CPU = Chip(
             )
         }
     ),
-    hooks="megatron_cpu",
 )
 
 # Megatron asks for it on every chip, whether or not the runtime beneath knows it.

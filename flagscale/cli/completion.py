@@ -39,6 +39,10 @@ def find_words(typed: list[str]) -> list[str]:
         return sorted(folder.parent.name for folder in (env.root_dir() / "examples").glob("*/conf"))
     if typed[0] in OF_RUNS:
         return sorted(path.stem for path in (env.state_dir() / "runs").glob("*.json"))
+    if typed[0] == "patch":
+        from flagscale.cli.patch import ACTIONS
+
+        return list(ACTIONS)
     return {"source": ["fetch", "status"], "completion": sorted(SHELLS)}.get(typed[0], [])
 
 

@@ -95,11 +95,13 @@ def _training() -> Iterator[Finding]:
         yield _package("train", name, 'pip install -e ".[train]"')
     yield _package("train", "tensorboard", "pip install tensorboard (without it no TensorBoard logs are written)")
     yield _source("Megatron-LM", "megatron")
+    yield from _chip_trees("Megatron-LM", "megatron")
     yield _program("train", "g++", "apt-get install g++ (without it a prebuilt module is used where there is one)")
 
 
 def _source(folder: str, backend: str) -> Finding:
-    from flagscale.patch.source import load_pin, source_status
+    from flagscale.patch.pins import load_pin
+    from flagscale.patch.source import source_status
 
     pin = load_pin(env.root_dir() / "third_party" / folder / "pin.yaml")
     status = source_status(pin, env.source_dir(folder))
@@ -112,6 +114,19 @@ def _source(folder: str, backend: str) -> Finding:
             return Finding("train", folder, f"{pin.version}, {changed}", f"{remedy} --replace")
         case _:
             return Finding("train", folder, None, remedy)
+
+
+def _chip_trees(folder: str, backend: str) -> Iterator[Finding]:
+    """The trees that are patched for a chip, beside the source."""
+    from flagscale.patch.state import read_state
+
+    for tree in sorted(env.source_dir(folder).parent.glob("*/")):
+        if tree.name == "src" or tree.name.startswith("."):
+            continue
+        state = read_state(tree)
+        found = f"{state.kind}: {', '.join(state.series) or 'no patches'}"
+        remedy = f"flagscale install --backend {backend} --device {tree.name}"
+        yield Finding("train", f"{folder} for {tree.name}", found, None if state.kind == "patched" else remedy)
 
 
 def _serving() -> Iterator[Finding]:

@@ -17,15 +17,33 @@ if TYPE_CHECKING:
     from flagscale.runner.plan.job import JobPlan
     from flagscale.runner.plan.site import Site
 
-SOURCES = {"megatron": "Megatron-LM"}
-
 
 def this_site() -> "Site":
-    """This installation: its root, its interpreter, its fetched sources."""
-    from flagscale.runner.plan.site import Site
+    """This installation: its root, its interpreter, its fetched sources and the trees for chips beside them.
 
-    sources = {backend: str(env.source_dir(folder)) for backend, folder in SOURCES.items()}
-    return Site(str(env.root_dir()), str(Path(sys.executable).parent), sources)
+    verl is used from its source where that was fetched, else it is expected to be installed.
+    """
+    from flagscale.runner.plan.site import FOLDERS, Site
+
+    folders = {
+        backend: folder
+        for backend, folder in FOLDERS.items()
+        if backend == "megatron" or env.source_dir(folder).is_dir()
+    }
+    sources = {backend: str(env.source_dir(folder)) for backend, folder in folders.items()}
+    trees = {
+        backend: {chip: str(env.source_dir(folder, chip)) for chip in list_patched_chips(folder)}
+        for backend, folder in folders.items()
+    }
+    return Site(str(env.root_dir()), str(Path(sys.executable).parent), sources, trees)
+
+
+def list_patched_chips(folder: str) -> tuple[str, ...]:
+    """The chips that a backend is patched for: all of them where there is a set for every chip."""
+    from flagscale.chips import CHIPS
+
+    found = {path.parent.parent.name for path in (env.root_dir() / "hardware").glob(f"*/{folder}/series.yaml")}
+    return tuple(chip.name for chip in CHIPS if chip.name in found or "Common" in found)
 
 
 def find_config(name: str, task: str) -> Path:
@@ -112,6 +130,10 @@ def act(
             from flagscale.cli.stop import main as stop
 
             return stop([job.plan.exp_dir])
+        case "query" if job.plan.service is not None:
+            from flagscale.cli.serve import show_status
+
+            return show_status([job.plan.exp_dir])
         case "query":
             from flagscale.cli.status import main as status
 

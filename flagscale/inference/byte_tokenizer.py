@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flagscale.train.token_files import END_OF_DOCUMENT, VOCAB_SIZE
+from flagscale.train.token_files import END_OF_DOCUMENT
 
 END_TEXT = "<|end|>"
 CHAT_TEMPLATE = (
@@ -53,8 +53,3 @@ def write_byte_tokenizer(folder: Path, max_len: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer_json(), ensure_ascii=False, indent=1) + "\n", "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
-
-
-def is_byte_vocabulary(vocab_size: int) -> bool:
-    """Whether a model with so many tokens can be one that was trained on bytes."""
-    return vocab_size == VOCAB_SIZE

@@ -1,6 +1,5 @@
 """Apply a patch set to a tree, and take it out again: all of it or nothing, with the tree's own edits kept."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from flagscale.patch.build import REJECTS_DIR, Files, build_patched, build_unpat
 from flagscale.patch.diffs import show_name
 from flagscale.patch.failure import explain_misfit
 from flagscale.patch.fit import FindBase, Fit, fit_by_hash, fit_by_trial
-from flagscale.patch.series import Series, hash_bytes
+from flagscale.patch.series import Series, hash_layers
 from flagscale.patch.stash import Edits, take_result_edits, take_source_edits
 from flagscale.patch.state import Record, find_edits, load_record
 from flagscale.patch.swap import hold_tree, rebuild, remove_old
@@ -72,10 +71,10 @@ def apply_series(tree: Path, layers: Sequence[Series], options: Options = Option
         stash = taken.write(hold.tree)
         draft = replace(draft, stash=(*draft.stash, str(stash)) if stash else draft.stash)
         with rebuild(hold) as fresh:
-            build_unpatched(hold.tree, fresh, record)
+            unpatched = build_unpatched(hold.tree, fresh, record)
             taken.put_originals(fresh)
-            build_patched(hold, fresh, fit, draft)
-        kept = remove_old(hold, taken.made(hold.work / "tree"))
+            build_patched(hold, fresh, unpatched, fit, draft)
+        kept = remove_old(hold, unpatched.files, taken.made(hold.work / "tree"))
     return Outcome(True, fit.stream, fit.notes, rejects, stash, kept)
 
 
@@ -98,8 +97,8 @@ def revert_tree(tree: Path, *, stash: bool = False, dry_run: bool = False) -> Ou
             return Outcome(True, load_diff(hold.tree), told)
         kept_in = taken.write(hold.tree)
         with rebuild(hold) as fresh:
-            build_unpatched(hold.tree, fresh, record)
-        kept = remove_old(hold, taken.made(hold.work / "tree"))
+            unpatched = build_unpatched(hold.tree, fresh, record)
+        kept = remove_old(hold, unpatched.files, taken.made(hold.work / "tree"))
     return Outcome(True, b"", told, stash=kept_in, kept=kept)
 
 
@@ -109,11 +108,10 @@ def _check_tree(tree: Path) -> None:
 
 
 def _draft_record(layers: Sequence[Series], record: Record | None) -> Record:
-    names = json.dumps([layer.name for layer in layers]).encode()
     return Record(
         series=tuple(layer.name for layer in layers),
         pins=tuple(layer.made_for for layer in layers),
-        patches=hash_bytes(names + b"".join(layer.stream for layer in layers)),
+        patches=hash_layers(layers),
         touched={},
         stash=record.stash if record else (),
     )

@@ -40,7 +40,7 @@ class Hunk:
 
 def unquote(name: bytes) -> bytes:
     """A name as git writes it, in quotes with C's escapes where it must."""
-    found = QUOTED.fullmatch(name)
+    found = QUOTED.fullmatch(name) if name.startswith(b'"') else None
     if not found:
         return name
     return re.sub(

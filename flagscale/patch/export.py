@@ -76,7 +76,7 @@ def add_lower(old: Files, lower: Sequence[Series]) -> Files:
     }
 
 
-def _target(changes: Sequence[Change]) -> str:
+def target_of(changes: Sequence[Change]) -> str:
     return changes[0].new or changes[0].old or ""
 
 
@@ -91,7 +91,7 @@ def make_patches(old: Files, new: Files, known: Mapping[str, Header], header: He
     for diff in make_diffs(old, new):
         changes = read_changes(diff)
         names = {name for change in changes for name in (change.old, change.new) if name is not None}
-        name = _target(changes)
+        name = target_of(changes)
         found = known.get(name) or header
         if found is None:
             unexplained.append(name)
@@ -147,7 +147,7 @@ def export_series(
         )
     old, new = find_changes(tree, upstream)
     old = add_lower(old, [layer for layer in lower if layer.name in applied])
-    known = {_target(patch.changes): patch.header for patch in (before.patches if before else ())}
+    known = {target_of(patch.changes): patch.header for patch in (before.patches if before else ())}
     series = replace(draft, patches=make_patches(old, new, known, header))
     if not series.patches:
         raise PatchError(f"{tree}: nothing differs from upstream, there is nothing to export")
@@ -186,7 +186,7 @@ def write_series(folder: Path, series: Series) -> None:
                 path.write_bytes(patch.header.render().encode() + patch.diff)
             (fresh / SERIES_FILE).write_text(render_series(series), encoding="utf-8")
             _remove_empty_folders(fresh)
-        remove_old(hold, listed.__contains__)
+        remove_old(hold, {}, listed.__contains__)
 
 
 def _remove_empty_folders(folder: Path) -> None:

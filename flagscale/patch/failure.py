@@ -38,7 +38,7 @@ def _head(misfit: Misfit, files: Mapping[str, Content], upstream: Upstream | Non
     if in_the_way:
         return f"makes {_names(in_the_way)}, which is there already; --stash keeps it elsewhere"
     if misfit.conflicts:
-        return f"a three-way merge leaves {misfit.conflicts} places open"
+        return f"a three-way merge leaves {misfit.conflicts} place{'s' * (misfit.conflicts > 1)} open"
     if misfit.lower and misfit.hunks:
         return f"changes the lines of {_names(misfit.patch.names)} that {misfit.lower} changes"
     edited = [n for n in misfit.wrong if upstream and n in upstream.hashes and not upstream.is_same(n)]

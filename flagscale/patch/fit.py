@@ -47,12 +47,14 @@ class Fit:
 
     stream: the diff that makes it, of all layers
     expected: SHA-256 of the files afterwards
+    base: the files before
     misfits: what did not fit; unless it is empty, `stream` holds only what did
     notes: what a person should know: merges
     """
 
     stream: bytes
     expected: Hashes
+    base: Files
     misfits: tuple[Misfit, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -63,14 +65,17 @@ def hash_of(files: Mapping[str, Content], name: str) -> str | None:
 
 
 def fit_by_hash(files: Files, layers: Sequence[Series]) -> Fit | None:
-    """The fit of patches whose files are all what they were made for; None if any is not."""
-    running = {name: hash_of(files, name) for layer in layers for patch in layer.patches for name in patch.names}
+    """The fit of patches whose files are what they were made for; None if any is not, or two layers share a file."""
+    touched = [name for layer in layers for patch in layer.patches for name in patch.names]
+    running = {name: hash_of(files, name) for name in touched}
+    if len(running) < len(touched):
+        return None
     for layer in layers:
         for patch in layer.patches:
             if any(running[name] != patch.base.get(name) for name in patch.names):
                 return None
             running |= patch.result
-    return Fit(b"".join(layer.stream for layer in layers), running)
+    return Fit(b"".join(layer.stream for layer in layers), running, files)
 
 
 def fit_by_trial(files: Files, layers: Sequence[Series], find_base: FindBase | None = None) -> Fit:
@@ -87,13 +92,13 @@ def fit_by_trial(files: Files, layers: Sequence[Series], find_base: FindBase | N
             if misfit and find_base:
                 misfit, note = _merge(misfit, before, now, files, find_base)
                 notes += [note] if note else []
-            elif not misfit and patch.names & owners.keys():
+            elif not misfit and any(hash_of(before, name) != patch.base.get(name) for name in patch.names):
                 notes.append(f"{patch.name} of {layer.name} was applied over {', '.join(_lower(patch, owners))}")
             misfits += [misfit] if misfit else []
         owners |= {name: layer.name for patch in layer.patches for name in patch.names}
     names = {name for layer in layers for patch in layer.patches for name in patch.names}
     diffs = make_diffs({n: c for n, c in files.items() if n in names}, {n: c for n, c in now.items() if n in names})
-    return Fit(b"".join(diffs), {name: hash_of(now, name) for name in names}, tuple(misfits), tuple(notes))
+    return Fit(b"".join(diffs), {name: hash_of(now, name) for name in names}, files, tuple(misfits), tuple(notes))
 
 
 def _set(files: Files, name: str, content: Content | None) -> None:
@@ -123,7 +128,11 @@ def _judge(
     over_lower = lower is not None and all(hash_of(pristine, name) == patch.base.get(name) for name in wrong)
     if wrong and not over_lower:
         return replace(misfit, fits=True)
-    broken = find_broken_python(patch, before, attempt.results) if wrong else None
+    if wrong:
+        broken = find_broken_python(patch, before, attempt.results)
+    else:
+        other = sorted(name for name in patch.names if hash_of(attempt.results, name) != patch.result.get(name))
+        broken = f"makes something else of {', '.join(other)} than the series promises" if other else None
     return replace(misfit, why=broken) if broken else None
 
 

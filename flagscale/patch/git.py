@@ -53,9 +53,9 @@ class Attempt:
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
+def _scratch(parent: Path | None = None) -> Iterator[Path]:
     """A folder with an empty repository `repo`."""
-    with tempfile.TemporaryDirectory(prefix="flagscale-patch-") as name:
+    with tempfile.TemporaryDirectory(prefix="flagscale-patch-", dir=parent) as name:
         folder = Path(name)
         repo = folder / "repo"
         for below in ("objects", "refs", "info"):
@@ -82,9 +82,10 @@ def _refuse(ran: subprocess.CompletedProcess[bytes], doing: str) -> PatchError:
     return PatchError(f"git cannot {doing}:\n{ran.stderr.decode(errors='replace').rstrip()}")
 
 
-def apply_diff(tree: Path, diff: bytes, pass_fds: Sequence[int] = ()) -> None:
+def apply_diff(tree: Path, diff: bytes, work: Path | None = None, pass_fds: Sequence[int] = ()) -> None:
     """Apply a diff of any number of files to `tree`, all of it or nothing.
 
+    work: where git's scratch repository is made, instead of the system's folder for temporary files
     pass_fds: kept open by git as long as it lives, also when we are killed
 
     Raises:
@@ -92,7 +93,7 @@ def apply_diff(tree: Path, diff: bytes, pass_fds: Sequence[int] = ()) -> None:
     """
     if not diff:
         return
-    with _scratch() as scratch:
+    with _scratch(work) as scratch:
         ran = _run(scratch, ["apply", "--whitespace=nowarn", "-"], tree, diff, pass_fds)
         if ran.returncode:
             raise _refuse(ran, "apply the patches")

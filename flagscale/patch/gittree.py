@@ -16,7 +16,13 @@ from flagscale.errors import SourceError
 BRANCH = "upstream"
 AUTHOR = "upstream"
 DATE = "2000-01-01T00:00:00+00:00"
-SETTINGS = ("core.autocrlf=false", "core.fileMode=true", "core.hooksPath=/dev/null", "gc.auto=0", "commit.gpgSign=false")
+SETTINGS = (
+    "core.autocrlf=false",
+    "core.fileMode=true",
+    "core.hooksPath=/dev/null",
+    "gc.auto=0",
+    "commit.gpgSign=false",
+)
 BYTE_FOR_BYTE = "* -text -ident !filter !working-tree-encoding\n"
 """Beats every .gitattributes of the tree: what is committed is what was published."""
 
@@ -28,7 +34,7 @@ def find_git() -> str:
     """
     git = shutil.which("git")
     if git is None:
-        raise SourceError("a backend's source is kept as a git tree, and there is no git on the PATH (`apt install git`)")
+        raise SourceError("a fetched source is kept as a git tree, and there is no git on the PATH (`apt install git`)")
     return git
 
 

@@ -147,6 +147,25 @@ def _pip_download(project: str, version: str, archive: str, dst: Path) -> str | 
         return (ran.stderr.strip().splitlines() or [f"pip brought no {archive}"])[-1]
 
 
+def list_archives(project: str, settings: IndexSettings) -> dict[str, str]:
+    """File name -> address of all that pip's configured indexes have of `project`.
+
+    Raises:
+        SourceError: no place answers.
+    """
+    places = [(place, None) for place in settings.find_links] + [(place, project) for place in settings.indexes]
+    found: dict[str, str] = {}
+    answers: list[str] = []
+    for place, name in places:
+        try:
+            found = dict(_links_of(place, name, settings)) | found
+        except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+            answers.append(f"{without_login(place)}: {without_login(str(error))}")
+    if len(answers) == len(places):
+        raise SourceError(f"cannot list the releases of {project}:\n  " + "\n  ".join(answers))
+    return found
+
+
 def download(
     project: str,
     version: str,

@@ -15,9 +15,6 @@ from typing import Any
 from flagscale.errors import SourceError, UserError, find_nearest
 from flagscale.patch.extension import Extension
 
-LAYOUT = 2
-"""Counted up when a fetch leaves something else on disk than before."""
-
 
 @dataclass(frozen=True, slots=True)
 class Pin:
@@ -52,7 +49,7 @@ class Pin:
     def digest(self) -> str:
         """Equal for two pins that leave the same tree."""
         extensions = [dataclasses.astuple(extension) for extension in self.extensions]
-        row = [LAYOUT, self.version, self.sha256, self.top, self.unpack, extensions]
+        row = [self.version, self.sha256, self.top, self.unpack, extensions]
         return hashlib.sha256(json.dumps(row).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ patch was made for is found before anything is tried, and a result that is not w
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -90,6 +91,12 @@ class Series:
 
 def hash_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def hash_layers(layers: Sequence[Series]) -> str:
+    """The digest of patch sets that lie over each other, lowest first: over their names and all diffs."""
+    names = json.dumps([layer.name for layer in layers]).encode()
+    return hash_bytes(names + b"".join(layer.stream for layer in layers))
 
 
 def parse_patch(text: bytes) -> tuple[dict[str, str], bytes]:

@@ -73,7 +73,8 @@ def _hash_tree(tree: Path) -> dict[str, str]:
     }
 
 
-def _load_manifest(dest_dir: Path) -> dict[str, Any] | None:
+def load_manifest(dest_dir: Path) -> dict[str, Any] | None:
+    """What a fetch has written into a tree; None where there is none that this release can read."""
     try:
         manifest: dict[str, Any] = json.loads((dest_dir / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -99,7 +100,7 @@ def source_status(pin: Pin, dest_dir: Path) -> SourceStatus:
     """Compare the folder with the pin: every file is hashed, which takes a tenth of a second for Megatron-LM."""
     if not dest_dir.is_dir() or not any(dest_dir.iterdir()):
         return SourceStatus("absent")
-    manifest = _load_manifest(dest_dir)
+    manifest = load_manifest(dest_dir)
     if manifest is None:
         return SourceStatus("drifted", (f"{MANIFEST} (missing: not fetched by this toolkit)",))
     changed = _differences(manifest["files"], _hash_tree(dest_dir))
@@ -157,7 +158,7 @@ def _build(pin: Pin, tree: Path, progress: Progress) -> dict[str, str]:
 
 def _remove_leftovers(folder: Path) -> None:
     """What a fetch that was cut off has left; nobody else is at work here, for we hold the lock."""
-    for pattern in (".new-src*", ".old-src*", ".build-*", ".*.part"):
+    for pattern in (".new-*", ".old-src*", ".build-*", ".*.part"):
         for path in sorted(folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -191,7 +192,7 @@ def fetch_source(pin: Pin, dest_dir: Path, progress: Progress = ignore_progress,
         if status.state == "ready":
             return dest_dir
         if status.state == "unbuilt":
-            manifest = _load_manifest(dest_dir) or {}
+            manifest = load_manifest(dest_dir) or {}
             built = manifest["built"] | _build(pin, dest_dir, progress)
             _write_manifest(dest_dir, pin, status.commit, manifest["files"], built)
             return dest_dir

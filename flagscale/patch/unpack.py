@@ -1,4 +1,4 @@
-"""The files of a source archive or a wheel, put into a folder: only those that the pin names, and nothing outside it."""
+"""The files of a source archive or a wheel, put into a folder: only those that the pin names, nothing outside it."""
 
 import stat
 import tarfile

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flagscale.errors import UserError
-from flagscale.patch.tree import SOURCE_MANIFEST, Content, list_files, read_content
+from flagscale.patch.tree import SOURCE_MANIFEST, Content, is_derived, list_files, read_content
 
 Hash = Callable[[Content], str]
 
@@ -111,8 +111,9 @@ def of_commit(tree: Path, commit: str) -> Upstream:
     for row in filter(None, rows):
         head, _, name = row.partition(b"\t")
         mode, kind, blob = head.decode().split()
-        if kind == "blob" and name != SOURCE_MANIFEST.encode():
-            hashes[os.fsdecode(name)], modes[os.fsdecode(name)] = blob, int(mode, 8)
+        path = os.fsdecode(name)
+        if kind == "blob" and path != SOURCE_MANIFEST and not is_derived(path):
+            hashes[path], modes[path] = blob, int(mode, 8)
     return Upstream(tree, hashes, _git_blob, modes, commit)
 
 
@@ -156,12 +157,8 @@ def _of_record(tree: Path) -> Upstream | None:
     prefix = f"{tree.name}/"
     with (info / "RECORD").open(newline="") as file:
         rows = [row for row in csv.reader(file) if len(row) > 1 and row[0].startswith(prefix) and row[1]]
-    hashes = {name.removeprefix(prefix): promised for name, promised, *_ in rows}
-    return Upstream(tree, _without_derived(hashes), _record_hash)
-
-
-def _without_derived(hashes: dict[str, str]) -> dict[str, str]:
-    return {name: promised for name, promised in hashes.items() if not name.endswith((".pyc", ".so"))}
+    hashes = {name.removeprefix(prefix): promised for name, promised, *_ in rows if not is_derived(name)}
+    return Upstream(tree, hashes, _record_hash)
 
 
 def find_upstream(tree: Path) -> Upstream | None:

@@ -80,9 +80,9 @@ _KNOWN: list[tuple[Kind, re.Pattern[str], str]] = [
         (r"(KV cache is needed, which is larger than the available KV cache[^.]*)", "{0}: lower max_model_len"),
         (r"cache is needed, which is larger than the available KV", "the cache does not fit: lower max_model_len"),
         (r"Not enough memory\. Please try to increase --mem-frac", "out of memory: raise mem_fraction_static"),
-        (r"(?:MemoryError|Cannot allocate memory|unable to allocate \S+ buffer|DefaultCPUAllocator: can't allocate)",
+        (r"(?:\bMemoryError|Cannot allocate memory|unable to allocate \S+ buffer|DefaultCPUAllocator: can't allocate)",
          "out of memory"),
-        (r"[Oo]ut of memory", "out of memory"),
+        (r"[Oo]ut of memory(?!.*Tried to allocate)", "out of memory"),
     ),
     *_rows(
         "ray",
@@ -94,7 +94,8 @@ _ORDER: tuple[Kind, ...] = ("argument", "module", "port", "model", "chips", "mem
 """kinds by which a death is explained; `ray` is only told of one that waits"""
 _ERROR_LINE = re.compile(r"(?:\b[A-Z]\w*(?:Error|Exception)\b|^error): .*\S", re.MULTILINE)
 _NOISE = re.compile(
-    r"^(?:\(\w+[^)]*\)\s*)?(?:(?:INFO|WARNING|ERROR|DEBUG)\b\s*)?(?:\[?[\d-]+[ T][\d:,.]+\]?\s*)?(?:\[[^\]]*\]\s*)*"
+    r"^(?:\(\w+[^)]*\)\s*)?(?:(?:INFO|WARNING|ERROR|DEBUG)\b\s*)?"
+    r"(?:\[?[\d-]+[ T][\d:,.]+(?: [A-Z]+\d+)*\]?\s*)?(?:\[[^\]]*\]\s*)*"
 )
 """who speaks, how loud, when and from where, as vLLM, SGLang and Python's logging put it before a line"""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")

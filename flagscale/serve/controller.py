@@ -22,7 +22,6 @@ from flagscale.runner.plan.service import ModelPlan, ServicePlan, decode_service
 from flagscale.serve.fleet import Fleet, Post
 from flagscale.serve.folder import (
     Control,
-    Filled,
     ServiceState,
     find_control,
     find_state,
@@ -93,6 +92,7 @@ class Controller:
         if state is not None and state.run_id == self.run_id:
             self.service, self.version = decode_service(state.service), state.version
             self.origin = self.fleet.origin = replace(self.origin, config=state.config)
+        self.pool.expect(model.served_name for model in self.service.models)
         for model in self.service.models:
             wanted = model.scaling.initial
             if state is not None and state.run_id == self.run_id:
@@ -126,10 +126,9 @@ class Controller:
             self.retiring.add(asyncio.create_task(self.fleet.retire(post, self.settings.drain_timeout_s)))
 
     def save(self) -> None:
-        filled = (Filled(post.model.name, post.seat, post.version) for post in self.fleet.posts if post.is_filled)
         wanted = {name: scaler.wanted for name, scaler in self.scalers.items()}
         service = encode_service(self.service)
-        state = ServiceState(self.run_id, self.version, service, self.origin.config, wanted, tuple(filled))
+        state = ServiceState(self.run_id, self.version, service, self.origin.config, wanted)
         save_state(self.exp_dir, state)
 
     # --- while it runs -----------------------------------------------------------------------------------------------
@@ -193,6 +192,7 @@ class Controller:
             self.fit_all()
             return
         self.service, self.version = service, version
+        self.pool.expect(model.served_name for model in service.models)
         self.origin = self.fleet.origin = replace(self.origin, config=config)
         gone = [post for post in self.fleet.posts if post.version != version and post.is_filled]
         await asyncio.gather(*(self.fleet.retire(post, self.settings.drain_timeout_s) for post in gone))

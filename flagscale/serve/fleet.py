@@ -29,7 +29,8 @@ from flagscale.serve.replicas import Origin, end_replica, is_run_of, look_at, st
 from flagscale.serve.router.pool import Pool
 from flagscale.serve.router.replica import Replica, ReplicaState
 
-PostState = Literal["starting", "ready", "waiting", "failed", "draining", "gone"]
+PostState = Literal["starting", "ready", "silent", "waiting", "failed", "draining", "gone"]
+"""silent: it lives and was ready, the router does not reach it; waiting: it died, and is started again later"""
 T = TypeVar("T")
 
 LOOK_EVERY_S = 0.3
@@ -180,6 +181,7 @@ class Fleet:
             else:
                 self.tell(f"{post.name}: run {post.run.run_id} lives, and is taken over")
             self._let_in(post, post.run)
+            self.tell(f"{post.name}: run {post.run.run_id} is at {url_of(post.run, post.job)}")
             return await self._watch(post, post.run)
         except FlagScaleError as error:
             return Cause("other", str(error))
@@ -207,7 +209,6 @@ class Fleet:
         if post.pool_id:
             self.pool.remove(post.pool_id)
         post.pool_id = replica.id
-        self.tell(f"{post.name}: run {run.run_id} is starting at {replica.url}")
 
     async def _watch(self, post: Post, run: RunRef) -> Cause:
         look, clock = Look(run), asyncio.get_running_loop().time
@@ -222,23 +223,28 @@ class Fleet:
                 self._note_ready(post, now - begun)
                 if now - ready_since > STABLE_S:
                     post.deaths = 0
-            elif fault := self._find_fault(post, seen, now - (last_ready if ready_since else begun)):
-                await self.call(end_replica, run)
-                return fault
+            else:
+                if post.state == "ready":
+                    post.enter("silent")
+                if fault := self._find_fault(post, seen, now - (last_ready if ready_since else begun)):
+                    await self.call(end_replica, run)
+                    return fault
             await asyncio.sleep(LOOK_AT_READY_EVERY_S if post.state == "ready" else LOOK_EVERY_S)
         return health.cause or Cause("other", "it ended")
 
     def _note_ready(self, post: Post, took_s: float) -> None:
         if post.state != "ready":
-            self.tell(f"{post.name}: ready after {took_s:.0f} s")
-        post.was_ready = True
+            self.tell(
+                f"{post.name}: answers again" if post.state == "silent" else f"{post.name}: ready after {took_s:.0f} s"
+            )
+        post.was_ready, post.cause = True, None
         self.first_ready.add(post.model.name)
         post.enter("ready")
 
     def _find_fault(self, post: Post, seen: ReplicaState | None, silent_s: float) -> Cause | None:
         """Why a replica that lives and is not ready has to be ended."""
         reason = seen.reason if seen else ""
-        if post.state == "ready":
+        if post.state == "silent":
             return Cause("other", f"did not answer for {HANG_S:g} s: {reason}") if silent_s > HANG_S else None
         if reason[:1] == "4" and reason[:3].isdigit() and silent_s > REFUSES_S:
             return Cause("argument", f"it answers, but refuses: {reason}")

@@ -1,7 +1,7 @@
 """The files of a service below its experiment folder, and what stands in them.
 
     <exp_dir>/serve/control.json       where its controller answers, with which token, and the key of its engines; 0600
-    <exp_dir>/serve/state.json         the service as it is meant to be, how many replicas, which seats are filled
+    <exp_dir>/serve/state.json         the service as it is meant to be, and how many replicas of each model
     <exp_dir>/serve/<serve_id>-<n>/    the folder of the replica in seat n: runs/, serve_logs/
 
 The runs in these folders are the truth about what lives: the state says only what should.
@@ -38,15 +38,6 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
-    """A seat that a replica has. version: of the service that it was started for."""
-
-    model: str
-    seat: int
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
 class ServiceState:
     """What a controller that starts anew goes on from.
 
@@ -58,7 +49,6 @@ class ServiceState:
     service: Mapping[str, Any]
     config: Mapping[str, Any]
     wanted: Mapping[str, int]
-    filled: tuple[Filled, ...]
 
 
 def service_folder(exp_dir: Path) -> Path:
@@ -107,7 +97,7 @@ def find_state(exp_dir: Path) -> ServiceState | None:
     if values is None or values.pop("format", None) != STATE_VERSION:
         return None
     with contextlib.suppress(TypeError, KeyError):
-        return ServiceState(**{**values, "filled": tuple(Filled(**row) for row in values["filled"])})
+        return ServiceState(**values)
     return None
 
 

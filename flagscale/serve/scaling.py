@@ -2,13 +2,18 @@
 
 Requests in flight and waiting, divided by what one replica is meant to have, are the replicas wanted. A wish for more
 must last `upscale_delay_s` and one for fewer `downscale_delay_s`, so that a burst starts nothing that is ended at once;
-what is carried out is the smallest change that was wanted during all of that time.
+what is carried out is the smallest change that was wanted during all of that time. A single look at the requests tells
+little, so the last few are averaged.
 """
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from math import ceil
+from statistics import fmean
 
 from flagscale.runner.plan.service import Scaling
+
+NUM_LOOKS = 6
 
 
 @dataclass(slots=True)
@@ -19,11 +24,13 @@ class Scaler:
     wanted: int
     since: float | None = None
     mildest: int = 0
+    looks: deque[int] = field(default_factory=lambda: deque(maxlen=NUM_LOOKS))
 
     def decide(self, now: float, num_requests: int) -> int:
         """The number of replicas from now on."""
         scaling = self.scaling
-        wish = min(max(ceil(num_requests / scaling.target), scaling.lowest), scaling.highest)
+        self.looks.append(num_requests)
+        wish = min(max(ceil(fmean(self.looks) / scaling.target), scaling.lowest), scaling.highest)
         if wish == self.wanted:
             self.since = None
             return self.wanted

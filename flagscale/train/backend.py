@@ -76,12 +76,13 @@ def start_megatron(hooks: Iterable[Hook] = ()) -> str:
 
     Raises:
         SourceError: Megatron is not there, or is of another version than this toolkit drives.
-        UserError: a package is missing.
+        UserError: a package is missing, or the launcher named a chip that nobody knows.
         HookError: a hook did not take.
     """
     os.environ["NO_VCS_VERSION"] = "1"  # else Megatron runs git, and takes the commit of whatever repository it lies in
     for text in NOISE:
         warnings.filterwarnings("ignore", message=text)
+    chip_of_this_job()
     version = megatron_version()
     _check_packages()
     from packaging.specifiers import SpecifierSet

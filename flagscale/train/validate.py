@@ -16,12 +16,19 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from flagscale.env import source_dir
 from flagscale.errors import FlagScaleError, UserError
 from flagscale.hooks.megatron_elsewhere import HOOKS
 from flagscale.train.backend import check_transformer_config, parse_arguments, start_megatron, validate_arguments
+
+
+def find_source() -> Path:
+    """The tree that runs on any machine, since no chip is needed to read arguments; without it, upstream's."""
+    tree = source_dir("Megatron-LM", "Generic_CPU")
+    return tree if tree.is_dir() else source_dir("Megatron-LM")
 
 
 def check_arguments(argv: Sequence[str], world_size: int) -> None:
@@ -77,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, default=1, help="number of ranks that the job will have (default 1)")
     parser.add_argument("--stdin", action="store_true", help="check one list for each JSON line of standard input")
     options = parser.parse_args(words[:at])
-    sys.path.append(str(source_dir("Megatron-LM")))  # a job's path has it; a user who only asks does not
+    sys.path.append(str(find_source()))  # a job's path has it; a user who only asks does not
     warnings.simplefilter("ignore")  # Megatron warns of every optional package that is not there
     try:
         start_megatron(HOOKS)

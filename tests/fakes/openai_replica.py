@@ -61,6 +61,7 @@ class FakeReplica:
     first_token_s: float = 0.0
     token_s: float = 0.0
     port: int = 0
+    host: str = "127.0.0.1"
     faults: list[Fault] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     """bodies of all requests but probes, with the path under `_path`"""
@@ -70,6 +71,10 @@ class FakeReplica:
     num_in_flight: int = 0
     num_cancelled: int = 0
     """requests whose caller left before the end"""
+    pad_chars: int = 0
+    """how much longer than its word each piece of a stream is"""
+    refused_paths: tuple[str, ...] = ()
+    """what the model cannot do"""
     keeps_requests: bool = True
     _runner: web.AppRunner | None = None
 
@@ -85,7 +90,7 @@ class FakeReplica:
             app.router.add_post(path, self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.05)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, backlog=1024)
+        site = web.TCPSite(self._runner, self.host, self.port, reuse_address=True, backlog=1024)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
@@ -112,6 +117,8 @@ class FakeReplica:
         body = await asked.json()
         if self.api_key and asked.headers.get("Authorization") != f"Bearer {self.api_key}":
             return _error(401, "wrong key")
+        if asked.path in self.refused_paths:
+            return _error(400, f"{self.model} does not do that")
         if body.get("model") != self.model:
             return _error(404, f"no model {body.get('model')}")
         is_probe = body.get("max_tokens") == 1 and (body.get("prompt") == "1" or "messages" in body)
@@ -177,8 +184,10 @@ class FakeReplica:
         for number, word in enumerate(words_of(body)):
             if number:
                 await asyncio.sleep(self.token_s)
-            yield number, encode_event(self._shape(asked, {"text": word + " ", "delta": {"content": word + " "}}))
-        if (body.get("stream_options") or {}).get("include_usage"):
+            text = word + " " * (1 + self.pad_chars)
+            yield number, encode_event(self._shape(asked, {"text": text, "delta": {"content": text}}))
+        options = body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
             yield number + 1, encode_event({**self._shape(asked, None), "usage": _usage(body)})
         yield number + 2, b"data: [DONE]\n\n"
 

@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def megatron() -> Path:
-    source = env.source_dir("Megatron-LM")
+    source = env.source_dir("Megatron-LM", "Generic_CPU")
     if not (source / "megatron" / "training").is_dir():
         assert flagscale(["source", "fetch", "megatron"]) == 0
     return source

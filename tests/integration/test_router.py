@@ -151,7 +151,7 @@ def test_what_the_router_says_itself() -> None:
             ):
                 answer = await it.client.request(method, path, content=content)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-            assert answer.headers["allow"] == "GET, HEAD"
+            assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
             assert fake.requests == []
 
     run(work())

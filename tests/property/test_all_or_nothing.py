@@ -19,7 +19,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(
     names=st.lists(NAMES, unique=True, min_size=1),
     old=st.lists(NAMES, unique=True),

@@ -5,7 +5,6 @@ Export then apply is identity; apply then revert is identity, byte for byte; twi
 
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,24 +12,27 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patch_sets import HEADER, make_tree, read_tree, snapshot
 
 from flagscale.patch.apply import apply_series, revert_tree
 from flagscale.patch.export import export_series
 from flagscale.patch.git import make_diffs, try_patches
-from flagscale.patch.series import Header, Series, load_series
+from flagscale.patch.series import Series, load_series
 from flagscale.patch.state import read_state
-from flagscale.patch.tree import EXECUTABLE, REGULAR, SYMLINK, Content, list_files, read_content, write_content
+from flagscale.patch.tree import EXECUTABLE, REGULAR, SYMLINK, Content
 from flagscale.patch.upstream import of_folder
 
-HEADER = Header("to test", "at random", "none: a test", "the test is gone")
 DRAFT = Series("Toy_Chip/toy", "toy", "1.0", "none")
 
-PARTS = st.sampled_from(
-    [b"a", b"b.py", b"c d", b"\xff\xfe", "ü".encode(), b'q"u', b"tab\t", b"back\\slash", b"new\nline", b"-x", b"a.patch",
-     b"series.yaml", b"b.py.rej", b".gitignore", b".gitattributes", b"git~1", b"%s", b"con", b"'", b" lead"]
-)  # fmt: skip
+PARTS = st.sampled_from([
+    b"a", b"b.py", b"c d", b"\xff\xfe", "ü".encode(), b'q"u', b"tab\t", b"back\\slash", b"new\nline", b"-x",
+    b"a.patch", b"series.yaml", b"b.py.rej", b".gitignore", b".gitattributes", b"git~1", b"%s", b"con", b"'", b" lead",
+])  # fmt: skip
 NAMES = st.lists(PARTS, min_size=1, max_size=3).map(lambda parts: os.fsdecode(b"/".join(parts)))
-LINES = st.sampled_from([b"", b"one", b"two", b"  three", "vier ä".encode(), b"\xe9 latin", b"@@ -1 +1 @@", b"--- a/x", b"diff --git a/x b/x", b"-- ", b"* text eol=crlf"])  # fmt: skip
+LINES = st.sampled_from([
+    b"", b"one", b"two", b"  three", "vier ä".encode(), b"\xe9 latin", b"@@ -1 +1 @@", b"--- a/x",
+    b"diff --git a/x b/x", b"-- ", b"* text eol=crlf",
+])  # fmt: skip
 ENDS = st.sampled_from([b"\n", b"\r\n", b"\n", b"\r"])
 TEXTS = st.builds(
     lambda rows, tail: b"".join(line + end for line, end in rows) + tail,
@@ -38,7 +40,9 @@ TEXTS = st.builds(
     st.sampled_from([b"", b"no end of line"]),
 )
 BINARY = st.binary(max_size=40).map(lambda data: b"\0" + data)
-TARGETS = st.sampled_from([b"gone", b"../gone", b"/nowhere", b"\xff"])  # git cannot make a folder of a link that is a loop
+TARGETS = st.sampled_from(
+    [b"gone", b"../gone", b"/nowhere", b"\xff"]
+)  # git cannot make a folder of a link that is a loop
 CONTENTS = st.one_of(
     st.builds(Content, st.sampled_from([REGULAR, REGULAR, EXECUTABLE]), st.one_of(TEXTS, TEXTS, BINARY)),
     st.builds(Content, st.just(SYMLINK), TARGETS),
@@ -81,30 +85,6 @@ def edits(draw: st.DrawFn) -> tuple[Files, Files]:
 def place() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
-
-
-def make_tree(path: Path, files: Files) -> Path:
-    path.mkdir()
-    for name, content in files.items():
-        write_content(path / name, content)
-    return path
-
-
-def read_tree(path: Path) -> Files:
-    return {name: content for name, _ in list_files(path) if (content := read_content(path, name))}
-
-
-def snapshot(tree: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    """Everything of a tree, folders and caches too: mode, inode, time of change, content."""
-    found = {}
-    for path in sorted([tree, *tree.rglob("*")]):
-        if path == tree / ".flagscale-patch" or tree / ".flagscale-patch" in path.parents:
-            continue
-        seen = path.lstat()
-        data = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-        times = (0, 0) if stat.S_ISDIR(seen.st_mode) else (seen.st_ino, seen.st_mtime_ns)
-        found[str(path.relative_to(tree))] = (seen.st_mode, *times, data)
-    return found
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)

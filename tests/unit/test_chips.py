@@ -1,7 +1,6 @@
 """Chip records: found by any name a hostfile uses, and telling nothing that contradicts itself."""
 
 import dataclasses
-import importlib
 import re
 from itertools import chain
 
@@ -189,9 +188,3 @@ def test_a_record_cannot_be_changed() -> None:
         CHIPS[0].name = "other"  # type: ignore[misc]
     with pytest.raises(TypeError):
         CHIPS[0].env["X"] = "1"  # type: ignore[index]
-
-
-def test_the_hook_sets_that_records_name_are_there() -> None:
-    for chip in CHIPS:
-        if chip.hooks:
-            assert importlib.import_module(f"flagscale.hooks.{chip.hooks}").HOOKS

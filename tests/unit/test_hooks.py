@@ -1,29 +1,18 @@
-"""Hooks: they take or they refuse, once, and the view of torch lies to nobody but its readers."""
+"""Hooks: they take or they refuse, once."""
 
 import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from flagscale.errors import HookError
 from flagscale.hooks import hook as machinery
 from flagscale.hooks.hook import Hook, install_hooks, verify_hooks
-from flagscale.hooks.megatron import keep_or_backport_override
-from flagscale.hooks.megatron_cpu import (
-    HOOKS,
-    convert_to_numpy_when_asked,
-    fork_the_cpu_generator,
-    mark_norms_as_sequence_parallel,
-    say_cuda_to_megatron,
-)
-from flagscale.hooks.torch_view import FACTORIES, is_accelerator, on_cpu, torch_view
+from flagscale.hooks.megatron_elsewhere import HOOKS, assume_transformer_engine
 
 PACKAGE = {
     "__init__.py": "",
@@ -145,149 +134,6 @@ def test_every_hook_for_megatron_says_why_and_has_its_own_name() -> None:
     assert all(len(hook.why.split()) > 5 and hook.name != "<lambda>" and hook.versions for hook in HOOKS)
 
 
-def test_override_is_kept_where_python_has_it() -> None:
-    assert keep_or_backport_override(len) is len
-    assert callable(keep_or_backport_override(None))
-
-
-# the view of torch
-
-
-def test_the_view_has_a_device_and_torch_keeps_the_truth() -> None:
-    real = torch.cuda.is_available()
-    view = torch_view()
-    assert view.cuda.is_available()
-    assert view.cuda.device_count() == 1
-    assert torch.cuda.is_available() is real
-    assert view is torch_view()
-    assert view.Tensor is torch.Tensor
-    assert view.distributed is torch.distributed
-    assert view.cuda.OutOfMemoryError is torch.cuda.OutOfMemoryError
-
-
-DEVICES = st.sampled_from(["cuda", "cuda:3", 0, 7, torch.device("cuda", 1), "cpu", torch.device("cpu"), None])
-
-
-@given(DEVICES, st.lists(st.integers(0, 4), max_size=3))
-def test_whatever_device_is_asked_for_the_tensor_is_on_the_cpu(device: Any, shape: list[int]) -> None:
-    made = torch_view().zeros(shape, device=device, pin_memory=True)
-    assert made.device == torch.device("cpu")
-    assert torch.equal(made, torch.zeros(shape))
-
-
-@given(st.sampled_from(["cuda", "cuda:0", "cpu", "meta"]))
-def test_a_device_of_the_view_is_a_device_of_torch(name: str) -> None:
-    device = torch_view().device(name)
-    assert isinstance(device, torch.device)
-    assert isinstance(device, torch_view().device)
-    assert device.type == ("meta" if name == "meta" else "cpu")
-    assert not is_accelerator(device)
-
-
-def test_every_factory_is_one_of_torch_and_keeps_its_name() -> None:
-    for name in FACTORIES:
-        assert getattr(torch_view(), name).__name__ == name
-        assert getattr(torch_view(), name).__wrapped__ is getattr(torch, name)
-
-
-@given(st.integers(), st.text())
-def test_arguments_that_are_no_device_pass_through(number: int, text: str) -> None:
-    assert on_cpu(lambda *args, **kwargs: (args, kwargs))(number, text=text) == ((number,), {"text": text})
-
-
-def test_streams_and_events_are_done_at_once() -> None:
-    cuda = torch_view().cuda
-    stream, event = cuda.Stream(priority=-1), cuda.Event(enable_timing=True)
-    with cuda.stream(stream):
-        stream.wait_stream(cuda.current_stream())
-        event.record(stream)
-    stream.wait_event(stream.record_event(event))
-    cuda.synchronize()
-    assert stream.query()
-    assert event.query()
-    assert event.elapsed_time(cuda.Event()) == 0.0
-    assert cuda.memory_stats()["allocated_bytes.all.peak"] == cuda.max_memory_allocated() == 0
-
-
-def test_the_view_s_random_state_is_the_cpu_s() -> None:
-    cuda = torch_view().cuda
-    cuda.manual_seed(5)
-    state = cuda.get_rng_state()
-    first = torch.rand(3)
-    cuda.set_rng_state(state, "cuda")
-    assert torch.equal(first, torch.rand(3))
-
-
-# single replacements
-
-
-class Tracker:
-    """What Megatron's tracker holds, with our way of forking."""
-
-    fork = fork_the_cpu_generator(None)
-
-    def __init__(self, names: list[str]) -> None:
-        self._current_state_name = "default-rng"
-        self.states_ = {name: torch.Generator().manual_seed(seed).get_state() for seed, name in enumerate(names)}
-
-
-STEPS = st.lists(st.tuples(st.sampled_from(["outside", "a", "b"]), st.sampled_from([None, "a", "b"])), max_size=12)
-
-
-@given(STEPS)
-def test_each_stream_gives_its_own_numbers_however_draws_are_mixed(steps: list[tuple[str, str | None]]) -> None:
-    tracker = Tracker(["a", "b"])
-    torch.manual_seed(99)
-    alone = {"outside": torch.Generator().manual_seed(99)}
-    alone |= {name: torch.Generator().manual_seed(seed) for seed, name in enumerate(["a", "b"])}
-
-    def check_draw(name: str) -> None:
-        assert torch.equal(torch.rand(2), torch.rand(2, generator=alone[name]))
-
-    for name, inner in steps:
-        if name == "outside":
-            check_draw(name)
-            continue
-        with tracker.fork(name):
-            check_draw(name)
-            if inner:
-                with tracker.fork(inner):
-                    check_draw(inner)
-            check_draw(name)
-    check_draw("outside")
-
-
-def test_only_megatron_hears_of_cuda_tensors() -> None:
-    type_of = say_cuda_to_megatron(torch.Tensor.type)
-
-    def ask(*args: Any) -> Any:
-        return type_of(torch.zeros(1), *args)
-
-    answers = {}
-    for name in ("megatron.core.optimizer", "torch.optim", "megatronic"):
-        inside = FunctionType(ask.__code__, {"__name__": name, "torch": torch}, closure=ask.__closure__)
-        answers[name] = (inside(), inside(torch.int).dtype)
-    assert answers == {
-        "megatron.core.optimizer": ("torch.cuda.FloatTensor", torch.int),
-        "torch.optim": ("torch.FloatTensor", torch.int),
-        "megatronic": ("torch.FloatTensor", torch.int),
-    }
-
-
-def test_split_sizes_become_numpy_when_asked() -> None:
-    move = convert_to_numpy_when_asked(lambda tensor, **_kwargs: tensor)
-    assert type(move(torch.ones(2), as_numpy=True)).__name__ == "ndarray"
-    assert isinstance(move(torch.ones(2)), torch.Tensor)
-    assert move(None, as_numpy=True) is None
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_norms_are_marked_for_sequence_parallelism(parallel: bool) -> None:
-    def build(_cls: Any, config: Any, hidden_size: int) -> Any:
-        assert not config.sequence_parallel
-        return torch.nn.LayerNorm(hidden_size)
-
-    config = SimpleNamespace(sequence_parallel=parallel)
-    norm = mark_norms_as_sequence_parallel(staticmethod(build)).__func__(object, config, 4)
-    assert [getattr(parameter, "sequence_parallel", False) for parameter in norm.parameters()] == [parallel, parallel]
-    assert config.sequence_parallel is parallel
+def test_a_transformer_engine_that_is_here_is_believed() -> None:
+    assert assume_transformer_engine("1.7") == "1.7"
+    assert str(assume_transformer_engine(None)) == "2.9.0"

@@ -9,18 +9,19 @@ from factories import ROOT, run_python
 
 PACKAGE = ROOT / "flagscale"
 ORDER = (
-    ("flagscale.errors", "flagscale.env", "flagscale.chips"),
+    ("flagscale.errors", "flagscale.env", "flagscale.chips", "flagscale.serve.router.settings"),
     ("flagscale.runner.config",),
     ("flagscale.runner.plan",),
     ("flagscale.runner.render",),
     ("flagscale.runner.launch",),
     ("flagscale.runner.monitor",),
+    ("flagscale.serve",),
     ("flagscale.runner.tune",),
     ("flagscale.cli",),
 )
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 HEAVY = ("torch", "megatron", "ray", "vllm", "sglang", "transformers", "triton", "matplotlib", "numpy")
-LIGHT_ROOMS = ("errors", "env", "chips", "runner", "patch", "cli", "tinker", "hooks", "serve", "rl")
+LIGHT_ROOMS = ("errors", "env", "chips", "runner", "patch", "cli", "tinker", "hooks", "serve", "rl", "sync")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -88,6 +89,18 @@ def test_patch_and_hooks_know_only_errors(room: str) -> None:
     assert wrong == []
 
 
+def test_the_router_knows_only_errors_and_itself() -> None:
+    """So that it runs, and is tested, without the rest of the toolkit."""
+    own = ("flagscale.serve.router", "flagscale.errors", "flagscale.env")
+    wrong = [
+        f"{path.name}:{line}: {module}"
+        for path in sorted((PACKAGE / "serve" / "router").rglob("*.py"))
+        for line, module in imports_of(path)
+        if module.startswith("flagscale") and not module.startswith(own)
+    ]
+    assert wrong == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_nothing_heavy_at_module_level(path: Path) -> None:
     parts = name_of(path).split(".")
@@ -118,6 +131,7 @@ def test_nobody_left_of_launch_asks_the_machine(path: Path) -> None:
         ("import flagscale.runner.launch.agent", ("hydra", "omegaconf", "pydantic", "rich", "yaml")),
         ("import flagscale.cli.hydra_app", HEAVY),
         ("import flagscale.runner.config.load, flagscale.runner.launch.dry", ("hydra", *HEAVY)),
+        ("import flagscale.serve.router.server", ("hydra", "omegaconf", "rich", "yaml", "paramiko", *HEAVY)),
     ],
 )
 def test_what_an_import_brings_with_it(code: str, absent: tuple[str, ...]) -> None:

@@ -199,6 +199,28 @@ def test_who_waits_for_a_model_that_leaves_is_told() -> None:
     run(work())
 
 
+def test_an_expected_model_is_known_before_and_between_its_replicas() -> None:
+    async def work() -> None:
+        pool, _ = made()
+        pool.expect(["m"])
+        assert pool.models() == ("m",)
+        pool.start()
+        loop = asyncio.get_running_loop()
+        waiting = asyncio.create_task(pool.acquire("m", None, frozenset(), loop.time() + 10))
+        await until(lambda: pool.held("m") == 1)
+        pool.add(Replica("a", "http://127.0.0.1:1", "m"))
+        (await waiting).release()
+        pool.remove("a")
+        waiting = asyncio.create_task(pool.acquire("m", None, frozenset(), loop.time() + 10))
+        await until(lambda: pool.held("m") == 1)
+        pool.expect(["other"])
+        with pytest.raises(UnknownModelError, match="there are: other"):
+            await waiting
+        await pool.close()
+
+    run(work())
+
+
 def test_a_replica_that_joins_takes_those_who_wait() -> None:
     async def work() -> None:
         pool, probes = made("a")

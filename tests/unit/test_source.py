@@ -22,7 +22,8 @@ from flagscale.cli import source as verb
 from flagscale.errors import SourceError, UserError
 from flagscale.patch.extension import Extension, build_extension, find_compiler, take_prebuilt
 from flagscale.patch.index import DEFAULT_INDEX, parse_links, parse_pip_config, without_login
-from flagscale.patch.source import MANIFEST, Pin, fetch_source, load_pin, source_status
+from flagscale.patch.pins import Pin, find_pin, load_pin, load_pins
+from flagscale.patch.source import MANIFEST, fetch_source, source_status
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {"toy/__init__.py": b"", "toy/core.py": b"ANSWER = 42\n", "docs/readme.txt": b"not on the path\n"}
@@ -40,6 +41,7 @@ def make_pin(archive: Path, **changes: object) -> Pin:
     content = archive.read_bytes()
     fields = {
         "name": "Toy",
+        "backend": "toy",
         "repository": "https://example.org/toy",
         "tag": "v1.0",
         "project": "toy",
@@ -71,8 +73,9 @@ def test_a_fetch_brings_the_named_folders_and_a_second_one_is_free(shelf: Path, 
     steps: list[tuple[str, int, int]] = []
     assert source_status(pin, dest).state == "absent"
     assert fetch_source(pin, dest, lambda *step: steps.append(step)) == dest
-    assert sorted(path.name for path in dest.rglob("*")) == [MANIFEST, "__init__.py", "core.py", "toy"]
-    assert {name for name, _done, _total in steps} == {"download", "unpack", "build"}
+    assert sorted(path.name for path in dest.iterdir()) == [MANIFEST, ".git", "toy"]
+    assert sorted(path.name for path in (dest / "toy").iterdir()) == ["__init__.py", "core.py"]
+    assert {name for name, _done, _total in steps} == {"download", "unpack", "commit", "build"}
     assert all(done <= total for _name, done, total in steps)
     (shelf / "toy-1.0.tar.gz").unlink()
     steps.clear()
@@ -145,7 +148,8 @@ def test_an_archive_cannot_write_outside_its_folder(shelf: Path, tmp_path: Path,
 CUT_OFF = """
 import json, os, sys
 from pathlib import Path
-from flagscale.patch.source import Pin, fetch_source
+from flagscale.patch.pins import Pin
+from flagscale.patch.source import fetch_source
 
 def progress(step, done, total):
     if step == sys.argv[1]:
@@ -162,7 +166,7 @@ def fetch_elsewhere(pin: Pin, dest: Path, until: str) -> "subprocess.Popen[bytes
     return subprocess.Popen(words, cwd=ROOT)
 
 
-@pytest.mark.parametrize("step", ["download", "unpack", "build"])
+@pytest.mark.parametrize("step", ["download", "unpack", "commit", "build"])
 def test_a_fetch_that_is_cut_off_leaves_nothing_that_counts(shelf: Path, tmp_path: Path, step: str) -> None:
     pin, dest = make_pin(shelf / "toy-1.0.tar.gz"), tmp_path / "Toy" / "src"
     assert fetch_elsewhere(pin, dest, step).wait() == 9
@@ -328,11 +332,26 @@ def test_a_prebuilt_module_is_taken_only_if_its_sources_are_ours(tmp_path: Path)
     assert built.read_bytes() == b"machine code"
 
 
-def test_the_pin_of_megatron_is_complete() -> None:
-    pin = load_pin(ROOT / "third_party" / "Megatron-LM" / "pin.yaml")
-    assert (pin.name, pin.project, pin.version, pin.tag) == ("Megatron-LM", "megatron-core", "0.19.2", "core_v0.19.2")
-    assert len(pin.sha256) == 64
-    assert [extension.module for extension in pin.extensions] == ["megatron.core.datasets.helpers_cpp"]
+THIRD_PARTY = ROOT / "third_party"
+
+
+def test_every_backend_has_a_pin_that_is_complete() -> None:
+    pins = load_pins(THIRD_PARTY)
+    assert {pin.backend for pin in pins.values()} == {"megatron", "vllm", "sglang", "llama_cpp", "verl"}
+    for folder, pin in pins.items():
+        assert pin.name == folder
+        assert (len(pin.sha256), pin.size_bytes > 1000, pin.disk_bytes > pin.size_bytes) == (64, True, True)
+        assert pin.version in pin.archive
+        assert pin.repository.startswith("https://")
+    assert len({pin.digest for pin in pins.values()}) == len(pins)
+    megatron = pins["Megatron-LM"]
+    assert [extension.module for extension in megatron.extensions] == ["megatron.core.datasets.helpers_cpp"]
+
+
+def test_a_pin_s_digest_is_of_what_a_fetch_leaves(shelf: Path) -> None:
+    pin = make_pin(shelf / "toy-1.0.tar.gz")
+    assert pin.digest == make_pin(shelf / "toy-1.0.tar.gz", repository="elsewhere", disk_bytes=9).digest
+    assert pin.digest != make_pin(shelf / "toy-1.0.tar.gz", unpack=()).digest
 
 
 @pytest.mark.parametrize("text", ["", "name: x", "[1, 2]", "name: x\nbogus: y\nunpack: [a]", "a: b: c"])
@@ -345,13 +364,13 @@ def test_a_pin_that_is_none_is_named(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["megatron", "Megatron-LM", "MEGATRON-lm", "megatron-core"])
-def test_the_verb_knows_the_backend_by_its_names(name: str) -> None:
-    assert verb.find_backend(name, ROOT / "third_party") == "Megatron-LM"
+def test_a_pin_is_found_by_the_backend_s_names(name: str) -> None:
+    assert find_pin(name, THIRD_PARTY).name == "Megatron-LM"
 
 
 def test_a_mistyped_backend_gets_its_nearest_name() -> None:
     with pytest.raises(UserError, match=r"megatrom: no backend .*did you mean `megatron`"):
-        verb.find_backend("megatrom", ROOT / "third_party")
+        find_pin("megatrom", THIRD_PARTY)
 
 
 def test_the_verb_tells_the_state_in_words_and_json(
@@ -367,9 +386,115 @@ def test_the_verb_tells_the_state_in_words_and_json(
 
 def test_the_verb_fetches_with_plain_progress(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pin = make_pin(shelf / "toy-1.0.tar.gz")
-    fields = {name: getattr(pin, name) for name in pin.__slots__}  # type: ignore[attr-defined]
-    (tmp_path / "pin.yaml").write_text(json.dumps({**fields, "extensions": []}))
-    assert verb.fetch("Toy", tmp_path / "pin.yaml", tmp_path / "Toy" / "src", replace=False) == 0
+    dest = tmp_path / "Toy" / "src"
+    assert verb.fetch(pin, dest, (), replace=False) == 0
     said = capsys.readouterr()
-    assert said.out == f"Toy: ready in {tmp_path / 'Toy' / 'src'}\n"
+    assert said.out.startswith(f"Toy: ready in {dest} (")
+    assert "MiB to download" in said.err
     assert "download: " in said.err
+
+
+# the git tree
+
+
+def git(tree: Path, *words: str) -> str:
+    env = {"PATH": os.environ["PATH"], "HOME": str(tree)}
+    return subprocess.run(["git", *words], cwd=tree, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_source_is_a_git_tree_of_one_commit_that_is_the_same_everywhere(shelf: Path, tmp_path: Path) -> None:
+    odd = {"toy/crlf.txt": b"a\r\nb\n", "toy/.gitattributes": b"* text=auto eol=crlf\n", "toy/.gitignore": b"*.log\n"}
+    make_archive(shelf / "toy-1.0.tar.gz", FILES | odd | {"toy/kept.log": b"\xff\x00"})
+    pin, commits = make_pin(shelf / "toy-1.0.tar.gz"), set()
+    for place in ("here", "there"):
+        dest = tmp_path / place / "Toy" / "src"
+        fetch_source(pin, dest)
+        assert source_status(pin, dest).commit == git(dest, "rev-parse", "HEAD").strip()
+        assert git(dest, "status", "--porcelain") == ""
+        assert git(dest, "rev-list", "--count", "HEAD") == "1\n"
+        assert sorted(git(dest, "ls-files").split()) == sorted(
+            f"toy/{name}" for name in ("__init__.py", "core.py", "crlf.txt", ".gitattributes", ".gitignore", "kept.log")
+        )
+        assert subprocess.check_output(["git", "cat-file", "blob", "HEAD:toy/crlf.txt"], cwd=dest) == b"a\r\nb\n"
+        commits.add(source_status(pin, dest).commit)
+    assert len(commits) == 1
+
+
+def test_the_user_s_git_settings_are_left_aside(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fetch_commit(shelf, tmp_path / "plain")
+    config = tmp_path / "gitconfig"
+    config.write_text("[commit]\ngpgSign = true\n[core]\nautocrlf = true\n[init]\ndefaultBranch = other\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "no-such"))
+    monkeypatch.setenv("GIT_AUTHOR_DATE", "2031-01-01T00:00:00")
+    assert fetch_commit(shelf, tmp_path / "set") == plain
+
+
+def fetch_commit(shelf: Path, folder: Path) -> str:
+    pin = make_pin(shelf / "toy-1.0.tar.gz")
+    fetch_source(pin, folder / "src")
+    return source_status(pin, folder / "src").commit
+
+
+def test_without_git_nothing_is_downloaded(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SourceError, match="no git on the PATH"):
+        fetch_source(make_pin(shelf / "toy-1.0.tar.gz"), tmp_path / "Toy" / "src")
+    assert not (tmp_path / "Toy").exists()
+
+
+# what of an archive becomes the tree
+
+
+def fetch_names(pin: Pin, dest: Path) -> list[str]:
+    fetch_source(pin, dest)
+    files = (path.relative_to(dest) for path in dest.rglob("*") if path.is_file())
+    return sorted(str(path) for path in files if path.parts[0] not in (".git", MANIFEST))
+
+
+def test_a_folder_deep_in_the_archive_becomes_the_tree_without_another_git_s_files(shelf: Path, tmp_path: Path) -> None:
+    inner = {f"vendor/engine/{name}": b"" for name in ("a.c", "src/b.c", ".git", "src/.git/config")}
+    make_archive(shelf / "toy-1.0.tar.gz", FILES | inner)
+    pin = make_pin(shelf / "toy-1.0.tar.gz", top="vendor/engine", unpack=())
+    assert fetch_names(pin, tmp_path / "Toy" / "src") == ["a.c", "src/b.c"]
+
+
+def make_wheel(path: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+
+
+def test_a_wheel_gives_its_python_and_none_of_its_machine_code(shelf: Path, tmp_path: Path) -> None:
+    make_wheel(shelf / "toy-1.0-py3-none-any.whl", FILES | {"toy/fast.so": b"", "toy-1.0.dist-info/RECORD": b""})
+    pin = make_pin(shelf / "toy-1.0-py3-none-any.whl")
+    assert fetch_names(pin, tmp_path / "Toy" / "src") == ["toy/__init__.py", "toy/core.py"]
+
+
+@pytest.mark.parametrize("name", ["toy/../../evil.py", "toy/../../../evil.py"])
+def test_a_wheel_cannot_write_outside_its_folder(shelf: Path, tmp_path: Path, name: str) -> None:
+    make_wheel(shelf / "toy-1.0-py3-none-any.whl", {name: b"evil"})
+    with pytest.raises(SourceError, match="cannot be unpacked"):
+        fetch_source(make_pin(shelf / "toy-1.0-py3-none-any.whl"), tmp_path / "deep" / "er" / "Toy" / "src")
+    assert not list(tmp_path.rglob("evil.py"))
+
+
+def test_an_archive_that_is_none_is_told(shelf: Path, tmp_path: Path) -> None:
+    for name in ("toy-1.0.tar.gz", "toy-1.0-py3-none-any.whl"):
+        (shelf / name).write_bytes(b"neither")
+        with pytest.raises(SourceError, match=f"{name} cannot be unpacked"):
+            fetch_source(make_pin(shelf / name), tmp_path / name / "src")
+
+
+def test_links_of_an_archive_are_kept(shelf: Path, tmp_path: Path) -> None:
+    with tarfile.open(shelf / "toy-1.0.tar.gz", "w:gz") as tar:
+        link = tarfile.TarInfo("toy-1.0/toy/link.py")
+        link.type, link.linkname = tarfile.SYMTYPE, "core.py"
+        tar.addfile(link)
+    pin, dest = make_pin(shelf / "toy-1.0.tar.gz"), tmp_path / "Toy" / "src"
+    fetch_source(pin, dest)
+    assert (dest / "toy" / "link.py").readlink() == Path("core.py")
+    assert source_status(pin, dest).state == "ready"
+    (dest / "toy" / "link.py").unlink()
+    (dest / "toy" / "link.py").symlink_to("other.py")
+    assert source_status(pin, dest).changed == ("toy/link.py (edited)",)

@@ -8,9 +8,10 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from flagscale import env
+from flagscale.errors import find_nearest
 from flagscale.runner.config.section import Section
 from flagscale.runner.config.slurm import Slurm
 
@@ -26,6 +27,7 @@ DEFAULT_BACKENDS: dict[TaskType, str] = {
 }
 
 
+_CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OF_BASH = frozenset(
     {
@@ -54,6 +56,12 @@ def _check_program(word: str) -> str:
     return word
 
 
+def _check_container(name: str) -> str:
+    if not _CONTAINER.fullmatch(name):
+        raise ValueError("the name of a container: letters, digits, _, . and -, a letter or digit first")
+    return name
+
+
 def _read_json(value: Any) -> Any:
     """A mapping, or the JSON text of one, as the command line gives it."""
     if not isinstance(value, str):
@@ -67,7 +75,24 @@ def _read_json(value: Any) -> Any:
     return read
 
 
+def _check_router(values: dict[str, Any]) -> dict[str, Any]:
+    """Only what is the user's to set: address and keys come from elsewhere."""
+    from flagscale.serve.router.settings import RouterSettings
+
+    known = RouterSettings.model_fields.keys() - {"host", "port", "api_keys"}
+    for name in values.keys() - known:
+        near = find_nearest(name, known)
+        raise ValueError(f"settings of the router, which has no `{name}`" + f"; did you mean `{near}`?" * bool(near))
+    try:
+        RouterSettings(**values)
+    except ValidationError as error:
+        row = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ValueError(f"for `{'.'.join(map(str, row['loc']))}`: {row['msg']}") from None
+    return values
+
+
 VariableName = Annotated[str, AfterValidator(_check_variable)]
+Program = Annotated[str, AfterValidator(_check_program)]
 Environment = dict[VariableName, str]
 
 
@@ -99,7 +124,7 @@ class Deploy(Section):
     """the address that it listens on; default the model's own `host`, else 127.0.0.1"""
     api_key_env: VariableName | None = None
     """the environment variable that holds the service's API key; needed for any address but the loopback's"""
-    router: dict[str, Any] = Field(default_factory=dict)
+    router: Annotated[dict[str, Any], AfterValidator(_check_router)] = Field(default_factory=dict)
     """settings of the router in front of the replicas"""
     use_fs_serve: bool = True
     enable_composition: bool = False
@@ -167,6 +192,8 @@ class Runner(Torchrun):
     nproc_per_node: int | None = Field(default=None, ge=1)
     hostfile: str | None = None
     ssh_port: int | None = Field(default=22, ge=1, le=65535)
+    ssh_client: Literal["paramiko", "openssh"] = "paramiko"
+    """openssh: the machine's own `ssh`, where its configuration, jump hosts or agents are needed"""
     accept_new_host_keys: bool = False
     """remember the keys of hosts that were never met; a key that changed is refused in any case"""
     master_addr: str | None = None
@@ -177,7 +204,10 @@ class Runner(Torchrun):
     """each host has an experiment folder of its own: scripts go out to it, logs are fetched from it"""
     enable_monitoring: bool = False
     hang_detection_timeout: Seconds = Field(default=1800, gt=0)
-    docker: str | None = None
+    docker: Annotated[str, AfterValidator(_check_container)] | None = None
+    """name of a container on every host: there the job runs, and what starts and watches it"""
+    python: Program | dict[str, Program] | None = None
+    """the interpreter of hosts where it is not the launcher's own, for all or by host name"""
     device_type: str | None = None
     """the chip of hosts whose hostfile line names none: a record of `flagscale.chips`, or `gpu`, `cpu`"""
     ray_port: int = Field(default=6379, ge=1, le=65535)

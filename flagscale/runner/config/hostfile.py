@@ -41,18 +41,20 @@ def load_hostfile(path: Path, key: str) -> tuple[tuple[Host, ...], list[Fault]]:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         return (), [Fault(key, f"hostfile {path}: {reason}", expected="a file with one host a line")]
     hosts: list[Host] = []
+    names: set[str] = set()
     faults: list[Fault] = []
     for number, line in enumerate(text.split("\n"), 1):
         bare = line.split("#", 1)[0].split()
         if not bare:
             continue
         host, problem = _parse_host(bare)
-        if host is not None and any(host.name == other.name for other in hosts):
+        if host is not None and host.name in names:
             problem = f"host `{host.name}` stands here a second time"
         if problem:
             faults.append(Fault(key, problem, expected=GRAMMAR, where=f"{path}:{number}"))
         elif host is not None:
             hosts.append(host)
+            names.add(host.name)
     if not hosts and not faults:
         faults.append(Fault(key, f"hostfile {path} names no host", expected=GRAMMAR))
     typed = [host for host in hosts if host.chip]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flagscale.errors import LaunchError, UserError, find_nearest
+from flagscale.runner.launch.capacity import find_disk_faults, weigh_chips
 from flagscale.runner.launch.ports import find_free_port, find_port_owner, is_port_free
 from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec
 
@@ -59,9 +60,18 @@ def _find_program_fault(process: ProcessSpec, env: Mapping[str, str]) -> str | N
     if not os.access(program, os.X_OK):
         return f"program {program} is missing or may not be executed"
     module = words[2].split(".")[0] if program == sys.executable and words[1:2] == ["-m"] else None
-    if module and importlib.util.find_spec(module) is None:
+    if module and not _has_module(module):
         return f"module `{module}` is not installed for {program}"
     return None
+
+
+def _has_module(name: str) -> bool:
+    """Also where Python was started without its site-packages."""
+    if sys.flags.no_site:
+        import site
+
+        site.main()
+    return importlib.util.find_spec(name) is not None
 
 
 def _find_faults(host: HostPlan, process: ProcessSpec, env: Mapping[str, str]) -> Iterator[str]:
@@ -105,6 +115,23 @@ def check_outputs(plan: JobPlan) -> None:
         path = Path(plan.log_dir, f"{host.label}.output")
         if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
             raise UserError(f"cannot write {path}; expected a file that you may append to, or none")
+
+
+def check_capacity(plan: JobPlan) -> None:
+    """Of a plan whose hosts are this machine; what cannot be seen is said on standard error.
+
+    Raises:
+        UserError: there are more ranks than chips.
+        LaunchError: the disk is full.
+    """
+    if faults := list(find_disk_faults(plan)):
+        raise LaunchError("\n".join(faults))
+    for host in plan.hosts:
+        fault, note = weigh_chips(host)
+        if fault:
+            raise UserError(f"{host.host.name}: {fault}")
+        if note:
+            print(f"note: {host.host.name}: {note}", file=sys.stderr)
 
 
 def choose_port(plan: JobPlan) -> int:

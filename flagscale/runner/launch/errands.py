@@ -4,16 +4,11 @@ The launcher sends an archive of the few files that are needed and one line of J
 its standard input, keeps the archive in memory, and prints one line of JSON. Nothing is installed, nothing stays but
 what `place` was given, and the host's answers come from the same code that checks this machine.
 
-    check    plan nonce_path nonce is_head known_run -> faults [[kind, text]..], port, is_shared
+    check    plan nonce_path nonce is_head known_run patches -> faults [[kind, text]..], notes, port, is_shared
     ask      machine pids token                      -> is_watched, num_left
     end      machine pids signum notice              -> {}
+    owner    machine pids                            -> owner, who alone may end the run's processes, or null
     clean    token grace_s                           -> num_left, how many processes without a watcher were ended
-
-of the hosts of a Ray cluster:
-
-    versions                                         -> python, ray
-    ports    num head                                -> ports, address, head, or fault
-    ray      act ..                                  -> as of `ray_place.py`, or fault
 
 and of a host that has an experiment folder of its own:
 
@@ -27,33 +22,33 @@ and of a host that has an experiment folder of its own:
 import base64
 import json
 import os
-import platform
 import socket
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from flagscale.errors import FlagScaleError, UserError
 from flagscale.runner.launch import procs
+from flagscale.runner.launch.capacity import find_disk_faults, nearest_folder, weigh_chips
 from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port
 from flagscale.runner.launch.files import NewFile, Written, write_all
 from flagscale.runner.launch.journal import find_rank_files, load_events, load_spec, read_tail
 from flagscale.runner.launch.notice import Notice, write_notice
-from flagscale.runner.launch.ports import find_free_port
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.plan.job import JobPlan, decode_plan
 
 TAIL_BYTES = 1 << 14
 CHUNK_BYTES = 1 << 22
 BOOT = (
-    "import os,sys;i=sys.stdin.buffer;n=int(i.readline());f=os.memfd_create('flagscale');os.write(f,i.read(n));"
-    "sys.path.insert(0,'/proc/self/fd/%d'%f);from flagscale.runner.launch.errands import main;main()"
+    "import os,sys;sys.version_info<(3,11)and sys.exit('Python '+sys.version.split()[0]+' is too old, 3.11 is needed');"
+    "i=sys.stdin.buffer;n=int(i.readline());f=os.memfd_create('flagscale');os.write(f,i.read(n));"
+    "sys.path.insert(0,'/proc/self/fd/%d'%f);from flagscale.runner.launch.{module} import main;main()"
 )
-"""One line without what any login shell would change between single quotes."""
+"""One line, for the module of the errand, without what any login shell would change between single quotes."""
 
 
 def _find_unshared(request: dict[str, Any], plan: JobPlan) -> str | None:
@@ -67,7 +62,7 @@ def _find_unshared(request: dict[str, Any], plan: JobPlan) -> str | None:
 
 
 def _find_unwritable(folders: tuple[Path, ...]) -> str | None:
-    for folder in dict.fromkeys(map(_nearest_folder, folders)):
+    for folder in dict.fromkeys(map(nearest_folder, folders)):
         probe = folder / f".{socket.gethostname()}.{os.getpid()}.probe"
         try:
             probe.write_text("")
@@ -75,10 +70,6 @@ def _find_unwritable(folders: tuple[Path, ...]) -> str | None:
         except OSError as error:
             return f"cannot write into {folder}: {error.strerror}"
     return None
-
-
-def _nearest_folder(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _find_living(plan: JobPlan, known_run: str | None) -> str | None:
@@ -105,11 +96,30 @@ def _find_faults(request: dict[str, Any], plan: JobPlan, unshared: str | None) -
         yield "user", unwritable
     if unshared and plan.no_shared_fs and (living := _find_living(plan, request["known_run"])):
         yield "launch", living
-    for look in (partial(check_programs, plan, os.environ), partial(check_outputs, plan)):
+    yield from (("launch", text) for text in find_disk_faults(plan))
+    for look in (
+        partial(check_programs, plan, os.environ),
+        partial(check_trees, plan, request["patches"]),
+        partial(check_outputs, plan),
+    ):
         try:
             look()
         except FlagScaleError as error:
             yield ("user" if isinstance(error, UserError) else "launch"), str(error)
+
+
+def _find_unmet(plan: JobPlan) -> str | None:
+    """Why this host, which is not the first, will not find the first."""
+    if not plan.hosts[0].peer:
+        return None
+    try:
+        socket.getaddrinfo(plan.master_addr, None)
+    except OSError:
+        return (
+            f"does not know the name `{plan.master_addr}`, where ranks meet; expected an address that all hosts reach, "
+            "in the hostfile or as `experiment.runner.master_addr`"
+        )
+    return None
 
 
 def check(request: dict[str, Any]) -> dict[str, Any]:
@@ -117,13 +127,17 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     plan = decode_plan(request["plan"])
     unshared = _find_unshared(request, plan)
     faults = list(_find_faults(request, plan, unshared))
+    fault, note = weigh_chips(plan.hosts[0])
+    faults += [("user", fault)] if fault else []
     port: int | None = None
+    if not request["is_head"] and (unmet := _find_unmet(plan)):
+        faults.append(("user", unmet))
     if request["is_head"]:
         try:
             port = choose_port(plan)
         except FlagScaleError as error:
             faults.append(("launch", str(error)))
-    return {"faults": faults, "port": port, "is_shared": not unshared}
+    return {"faults": faults, "notes": [note] if note else [], "port": port, "is_shared": not unshared}
 
 
 def _list_watchers(events: tuple[dict[str, Any], ...]) -> list[tuple[int, int]]:
@@ -150,6 +164,15 @@ def end(request: dict[str, Any]) -> dict[str, Any]:
         for pid, start_time in request["pids"]:
             procs.send_signal(procs.Proc(pid, 0, start_time, False), request["signum"])
     return {}
+
+
+def owner(request: dict[str, Any]) -> dict[str, Any]:
+    if request["machine"] == procs.name_machine():
+        for pid, start_time in request["pids"]:
+            uid = Path(f"/proc/{pid}").stat().st_uid if procs.is_same_alive(pid, start_time) else os.geteuid()
+            if os.geteuid() not in (0, uid):
+                return {"owner": procs.name_user(uid)}
+    return {"owner": None}
 
 
 def clean(request: dict[str, Any]) -> dict[str, Any]:
@@ -219,39 +242,16 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
     return {"paths": list(map(str, find_rank_files(Path(request["details"]), request["local_rank"])))}
 
 
-def versions(_request: dict[str, Any]) -> dict[str, Any]:
-    """Of Python and of Ray; None where Ray is not installed."""
-    try:
-        ray: str | None = metadata.version("ray")
-    except metadata.PackageNotFoundError:
-        ray = None
-    return {"python": platform.python_version(), "ray": ray}
+ERRANDS = {
+    function.__name__: function for function in (check, ask, end, owner, clean, place, unplace, report, read, ranks)
+}
 
 
-def ports(request: dict[str, Any]) -> dict[str, Any]:
-    """Free ports, the address by which this host reaches `head`, and the one that it knows for it."""
-    try:
-        known = socket.gethostbyname(request["head"])
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((known, 9))  # nothing is sent
-            own = probe.getsockname()[0]
-    except OSError as error:
-        return {"fault": f"does not know the head host `{request['head']}`: {error.strerror or error}"}
-    free = [port for _ in range(request["num"]) if (port := find_free_port())]
-    return {"ports": free, "address": own, "head": known}
-
-
-def ray(request: dict[str, Any]) -> dict[str, Any]:
-    from flagscale.runner.launch.ray_place import act
-
-    return act(request)
-
-
-_ALL = (check, ask, end, clean, place, unplace, report, read, ranks, versions, ports, ray)
-ERRANDS = {function.__name__: function for function in _ALL}
+def answer_errand(errands: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+    request = json.loads(sys.stdin.buffer.readline())
+    answer = errands[request["errand"]](request)
+    print(json.dumps(answer), flush=True)
 
 
 def main() -> None:
-    request = json.loads(sys.stdin.buffer.readline())
-    answer = ERRANDS[request["errand"]](request)
-    print(json.dumps(answer), flush=True)
+    answer_errand(ERRANDS)

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flagscale import env
 from flagscale.errors import LaunchError, RunError
@@ -27,6 +27,7 @@ from flagscale.runner.launch.archive import build_archive
 from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder
 from flagscale.runner.launch.journal import Entry, Spec, load_spec
 from flagscale.runner.launch.provenance import query_environment, query_git
+from flagscale.runner.launch.sources import query_trees
 from flagscale.runner.plan.job import HostPlan, JobPlan, LauncherName, LaunchName, ProcessSpec, decode_plan, encode_plan
 from flagscale.runner.render.script import render_script
 
@@ -42,6 +43,8 @@ class Remote:
     """How a host of a run is reached. user, port: None leaves it to the user's ssh configuration.
 
     is_shared: the host sees the run's folder of the launching machine; if not, it has one of its own
+    client: what connects; `local` for a container on the launching machine
+    container: everything there happens in this one
     """
 
     label: str
@@ -50,23 +53,36 @@ class Remote:
     port: int | None
     python: str
     is_shared: bool = True
+    client: Literal["paramiko", "openssh", "local"] = "paramiko"
+    container: str | None = None
+
+    def enter(self, words: list[str]) -> list[str]:
+        """A command as it is run on the host, so that it happens where the job is."""
+        return ["docker", "exec", "-i", self.container, *words] if self.container else words
 
     def __str__(self) -> str:
         return f"{self.user}@{self.name}" if self.user else self.name
 
 
 def list_remotes(plan: JobPlan) -> tuple[Remote, ...]:
-    """The hosts of a plan that are other machines, each with this interpreter's path, which is expected there too."""
+    """The hosts of a plan that are other machines or containers, and the interpreter of each.
+
+    Where none is named it is this interpreter's path, which is expected there too, and in a container `python3`.
+    """
     named = None if plan.ssh_port == SSH_PORT else plan.ssh_port
-    hosts = (host for host in plan.hosts if not (host.host.is_local or host.host.is_placeholder))
+    default = "python3" if plan.docker else sys.executable
+    others = (host for host in plan.hosts if plan.docker or not host.host.is_local)
+    hosts = (host for host in others if not host.host.is_placeholder)
     return tuple(
         Remote(
             host.label,
             host.host.name,
             host.host.user,
             host.host.port or named,
-            sys.executable,
-            is_shared=not plan.no_shared_fs,
+            host.python or default,
+            not plan.no_shared_fs,
+            "local" if host.host.is_local else plan.ssh_client,
+            plan.docker,
         )
         for host in hosts
     )
@@ -183,7 +199,7 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         cwd=host.processes[0].cwd if host.processes else "/",
         after_stop=host.after_stop,
         grace_s=grace_s,
-        ending=str(folder / NOTICE) if neighbour or plan.launcher != "direct" else "",
+        ending=str(folder / NOTICE),
         neighbour=neighbour,
         keeper=str(folder / f"{label}.keeper") if plan.launcher != "direct" else "",
         peer=host.peer,
@@ -232,6 +248,7 @@ def describe_job(
         "values": dict(values),
         "git": query_git(Path.cwd()),
         "environment": query_environment(),
+        "trees": query_trees(plan),
         "plan": encode_plan(plan),
         "config": config,
     }

@@ -21,15 +21,21 @@ from typing import Any
 
 import paramiko
 
+from flagscale.runner.launch.connection import (
+    LinkError,
+    describe_break,
+    describe_changed_key,
+    describe_refusal,
+    describe_timeout,
+    describe_unknown_key,
+    describe_unknown_name,
+    describe_unreachable,
+)
 from flagscale.runner.launch.folder import SSH_PORT, Remote
 
 KEEPALIVE_S = 15
 _SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 _WRITING = threading.Lock()
-
-
-class LinkError(Exception):
-    """A host cannot be reached, or broke off; the message says why, for one row of a table."""
 
 
 class _UnknownKeyError(paramiko.SSHException):
@@ -106,25 +112,20 @@ class _KeyPolicy(paramiko.MissingHostKeyPolicy):
 
 def _explain(error: Exception, remote: Remote, route: Route, timeout_s: float) -> str:
     if isinstance(error, paramiko.BadHostKeyException):
-        return (
-            f"its host key has changed (now {error.key.get_name()} {error.key.fingerprint}, another in "
-            f"{route.known_hosts}); if the machine was made anew, `ssh-keygen -R {remote.name}`, else do not trust it"
-        )
+        key = f"now {error.key.get_name()} {error.key.fingerprint}, another in {route.known_hosts}"
+        return describe_changed_key(remote, key)
     if isinstance(error, _UnknownKeyError):
-        return (
-            f"its host key is unknown ({error}); connect once by `ssh {remote}`, or set "
-            "`experiment.runner.accept_new_host_keys: true`"
-        )
+        return describe_unknown_key(remote, str(error))
     if isinstance(error, paramiko.AuthenticationException):
-        return f"lets {route.user} in by none of this user's keys ({route}); expected that `ssh {remote}` asks nothing"
+        return describe_refusal(remote, route.user, str(route))
     if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
         error = next(iter(error.errors.values()), error)
     if isinstance(error, TimeoutError):
-        return f"cannot be reached: no answer within {timeout_s:g} s ({route})"
+        return describe_timeout(timeout_s, str(route))
     if isinstance(error, socket.gaierror):
-        return f"cannot be reached: the name `{route.hostname}` is not known"
+        return describe_unknown_name(route.hostname)
     said = error.strerror if isinstance(error, OSError) else None
-    return f"cannot be reached: {said or str(error) or type(error).__name__} ({route})"
+    return describe_unreachable(said or str(error) or type(error).__name__, str(route))
 
 
 class Link:
@@ -182,7 +183,7 @@ class Link:
                 return channel.recv_exit_status(), bytes(out), bytes(err)
         except (OSError, EOFError, paramiko.SSHException) as error:
             how = f"no answer within {limit_s:g} s" if isinstance(error, TimeoutError) else str(error) or "broke off"
-            raise LinkError(f"was reached, and then: {how} ({self.route})") from None
+            raise LinkError(describe_break(how, str(self.route))) from None
 
     def close(self) -> None:
         self.client.close()

@@ -16,7 +16,14 @@ from typing import Any
 
 from flagscale import env as settings
 from flagscale.errors import LaunchError
-from flagscale.runner.launch.checks import check_local, check_outputs, check_programs, choose_port, gather_secrets
+from flagscale.runner.launch.checks import (
+    check_capacity,
+    check_local,
+    check_outputs,
+    check_programs,
+    choose_port,
+    gather_secrets,
+)
 from flagscale.runner.launch.ending import ask_to_end, catch_interrupts, tell_to_end
 from flagscale.runner.launch.files import make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
@@ -30,9 +37,11 @@ from flagscale.runner.launch.folder import (
     make_run_id,
     ref_of,
 )
+from flagscale.runner.launch.patches import expect_patches
 from flagscale.runner.launch.procs import end_leftovers
 from flagscale.runner.launch.record import HostRecord, load_records
 from flagscale.runner.launch.slurm_queue import find_queue
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.launch.startup import explain_interrupt, wait_until_up
 from flagscale.runner.plan.job import JobPlan, LaunchName
 
@@ -80,7 +89,9 @@ def submit_job(
     check_local(plan)
     secrets = gather_secrets(plan, env)
     check_programs(plan, env)
+    check_trees(plan, expect_patches(plan))
     check_outputs(plan)
+    check_capacity(plan)
     exp_dir = Path(plan.exp_dir)
     made = make_folder(exp_dir / "runs")
     run: RunRef | None = None
@@ -186,7 +197,7 @@ def hand_over(run: RunRef, label: str, secrets: Mapping[str, str], env: Mapping[
     Raises:
         LaunchError: it did not answer.
     """
-    argv = [sys.executable, "-I", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
+    argv = [sys.executable, "-I", "-S", str(run.folder / "agent.pyz"), str(run.spec_path(label))]
     try:
         done = subprocess.run(
             argv,

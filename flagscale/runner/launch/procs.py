@@ -11,6 +11,7 @@ agent (a service that the job asked a system daemon to start) is not ours.
 import contextlib
 import ctypes
 import os
+import pwd
 import signal
 import time
 from collections.abc import Mapping
@@ -96,6 +97,13 @@ def find_ours(token: str, root: int | None = None) -> list[Proc]:
         asking = procs[asking].ppid
     alive = (proc for proc in procs.values() if not proc.is_zombie and proc.pid not in skip)
     return [proc for proc in alive if proc.pid in below or read_environ(proc.pid).get(TOKEN) == token]
+
+
+def name_user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def send_signal(proc: Proc, signum: int) -> None:

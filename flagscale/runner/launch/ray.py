@@ -20,7 +20,6 @@ from flagscale.errors import FlagScaleError, LaunchError
 from flagscale.runner.launch.archive import KEEPER, build_archive
 from flagscale.runner.launch.checks import gather_secrets
 from flagscale.runner.launch.ending import catch_interrupts
-from flagscale.runner.launch.errands import ports, versions
 from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
@@ -44,6 +43,7 @@ from flagscale.runner.launch.ray_cluster import (
     list_cluster_files,
     plan_cluster,
 )
+from flagscale.runner.launch.ray_errands import ports, versions
 from flagscale.runner.launch.ray_places import Door, PlaceLinks, describe_place
 from flagscale.runner.launch.reach import Links
 from flagscale.runner.launch.record import load_records
@@ -73,7 +73,7 @@ def submit_job(
     made = make_folder(exp_dir / "runs")
     run: RunRef | None = None
     try:
-        with hold_lock(exp_dir), Links(list_remotes(plan), plan.accept_new_host_keys) as links:
+        with hold_lock(exp_dir), Links(list_remotes(plan), plan.accept_new_host_keys, module="ray_errands") as links:
             end_stale(exp_dir)
             launch = Launch(plan, ref_of(plan, make_run_id(datetime.now(UTC))), links, secrets, grace_s)
             record = {"config": config, "command": command}
@@ -131,8 +131,11 @@ class Launch:
             LaunchError: one did not start, or Ctrl-C.
         """
         names = [f"{name}={name}" for name in self.secrets]
-        base = [sys.executable, "-I", str(self.run.folder / "keeper.pyz"), "Ray"]
-        commands = [[*base, str(self.run.spec_path(label)), *names] for label in self.run.labels]
+        keeper = str(self.run.folder / "keeper.pyz")
+        commands = [
+            [host.python or sys.executable, "-I", keeper, "Ray", str(self.run.spec_path(host.label)), *names]
+            for host in self.plan.hosts
+        ]
         addresses = dict(zip((MASTER_ADDR, SECOND_ADDR), (place["address"] for place in places), strict=False))
         job_env = {**self.secrets, **addresses}
         with catch_interrupts(self.run, stops_job=False) as interrupts:

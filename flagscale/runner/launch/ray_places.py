@@ -44,7 +44,7 @@ class Door:
         """
         row = {"act": act, "address": self.address, "name": self.name, "env": dict(self.env), "connect_s": CONNECT_S}
         text = pack_errand(build_archive(RAY_ERRANDS), "ray", {**row, **request})
-        words = [self.remote.python if self.remote else sys.executable, "-I", "-c", BOOT]
+        words = [self.remote.python if self.remote else sys.executable, "-I", "-c", BOOT.format(module="ray_errands")]
         limit_s += CONNECT_S + MARGIN_S
         if self.remote is not None:
             reply = self.links.run_all({self.remote.label: (words, text)}, limit_s)[self.remote.label]
@@ -90,14 +90,21 @@ class PlaceLinks(Links):
 
     def __init__(self, hosts: Sequence[HostPlan], places: Sequence[Mapping[str, str]], door: Door) -> None:
         pairs = zip(hosts, places, strict=True)
-        super().__init__([Remote(host.label, at["hostname"], None, None, sys.executable) for host, at in pairs])
+        super().__init__(
+            [Remote(host.label, at["hostname"], None, None, host.python or sys.executable) for host, at in pairs]
+        )
         self.door = door
 
     def call(
         self, errand: str, requests: Mapping[str, Mapping[str, Any]], limit_s: float = ASK_LIMIT_S
     ) -> dict[str, Reply]:
-        words = [sys.executable, "-I", "-c", BOOT]
-        packed = {label: (words, pack_errand(self.archive, errand, request)) for label, request in requests.items()}
+        packed = {
+            label: (
+                [self.remotes[label].python, *self.flags, "-c", self.boot],
+                pack_errand(self.archive, errand, request),
+            )
+            for label, request in requests.items()
+        }
         return self.run_all(packed, limit_s)
 
     def run_all(self, commands: Mapping[str, tuple[list[str], bytes]], limit_s: float) -> dict[str, Reply]:

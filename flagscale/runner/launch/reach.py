@@ -13,18 +13,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from flagscale.runner.launch.archive import ERRANDS, build_archive
+from flagscale.runner.launch.archive import ERRANDS, RAY_ERRANDS, SURVEY, build_archive
+from flagscale.runner.launch.connection import Connection, LinkError, open_connection
 from flagscale.runner.launch.errands import BOOT
 from flagscale.runner.launch.folder import Remote, RunRef
 from flagscale.runner.launch.mirror import fetch_reports, find_away
 from flagscale.runner.launch.notice import Notice, load_notice
 from flagscale.runner.launch.procs import end_leftovers
+from flagscale.runner.launch.pulse import render_pulse
 from flagscale.runner.launch.record import Answer, HostRecord, load_records
-
-if TYPE_CHECKING:
-    from flagscale.runner.launch.link import Link
 
 CONNECT_LIMIT_S = 10.0
 ASK_LIMIT_S = 10.0
@@ -34,7 +33,9 @@ CUT_OFF_AFTER_S = 30.0
 MOST_THREADS = 64
 ASK_AWAY_EVERY_S = 2.0
 """Of hosts whose journals have to be fetched."""
+_OF_DOCKER = "Error response from daemon"
 Result = TypeVar("Result")
+_ARCHIVES = {"errands": ERRANDS, "survey": SURVEY, "ray_errands": RAY_ERRANDS}
 _MISSING = (126, 127)
 """exit codes of a shell that cannot run a program"""
 
@@ -48,19 +49,30 @@ class Reply:
 
 
 def pack_errand(archive: bytes, errand: str, request: Mapping[str, Any]) -> bytes:
-    """What `BOOT` reads on a host."""
+    """What `errands.BOOT` reads on a host."""
     return f"{len(archive)}\n".encode() + archive + json.dumps({"errand": errand, **request}).encode() + b"\n"
 
 
 class Links:
-    """Open connections to some hosts; owns them, and closes them at the end of a `with`."""
+    """Open connections to some hosts; owns them, and closes them at the end of a `with`.
 
-    def __init__(self, remotes: Sequence[Remote], accept_new: bool = False, limit_s: float = CONNECT_LIMIT_S) -> None:
+    module: whose errands are sent along
+    """
+
+    def __init__(
+        self,
+        remotes: Sequence[Remote],
+        accept_new: bool = False,
+        limit_s: float = CONNECT_LIMIT_S,
+        module: Literal["errands", "survey", "ray_errands"] = "errands",
+    ) -> None:
         self.remotes = {remote.label: remote for remote in remotes}
         self.accept_new = accept_new
         self.limit_s = limit_s
-        self.open: dict[str, Link] = {}
-        self.archive = build_archive(ERRANDS)
+        self.open: dict[str, Connection] = {}
+        self.archive = build_archive(_ARCHIVES[module])
+        self.flags = ["-I"] if module == "ray_errands" else ["-I", "-S"]  # Ray is no part of the standard library
+        self.boot = BOOT.format(module=module)
 
     def __enter__(self) -> "Links":
         return self
@@ -78,7 +90,7 @@ class Links:
         """Run an errand on each host that `requests` names, all at once."""
 
         def run(label: str) -> Reply:
-            words = [self.remotes[label].python, "-I", "-c", BOOT]
+            words = [self.remotes[label].python, *self.flags, "-c", self.boot]
             return self._run(label, words, pack_errand(self.archive, errand, requests[label]), limit_s)
 
         return self.each(requests, run)
@@ -96,30 +108,45 @@ class Links:
             return dict(zip(names, pool.map(run, names), strict=True))
 
     def _run(self, label: str, words: list[str], text: bytes, limit_s: float) -> Reply:
-        from flagscale.runner.launch.link import Link, LinkError
-
         try:
             if label not in self.open:
-                self.open[label] = Link(self.remotes[label], self.accept_new, self.limit_s)
-            code, out, err = self.open[label].run(words, text, limit_s)
+                self.open[label] = open_connection(self.remotes[label], self.accept_new, self.limit_s)
+            code, out, err = self.open[label].run(self.remotes[label].enter(words), text, limit_s)
         except LinkError as error:
             if broken := self.open.pop(label, None):
                 broken.close()
             return Reply({}, str(error))
-        return read_reply(words, code, out.decode(errors="replace"), err.decode(errors="replace"))
+        said = err.decode(errors="replace").strip()
+        if code in _MISSING or (code == 1 and _OF_DOCKER in said):
+            return Reply({}, _explain_missing(self.remotes[label], said))
+        return read_reply(words, code, out.decode(errors="replace"), said)
 
 
 def read_reply(words: Sequence[str], code: int, out: str, err: str) -> Reply:
     """What a command said whose last line is to be JSON."""
-    told = err.strip()
-    if code in _MISSING:
-        return Reply({}, f"has no interpreter {words[0]}: {told}; expected the launcher's own, on the same path")
     try:
         if code != 0:
             raise ValueError
         return Reply(json.loads(out.strip().splitlines()[-1]))
     except (ValueError, IndexError):
-        return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {told or out}")
+        return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {err.strip() or out}")
+
+
+def _explain_missing(remote: Remote, told: str) -> str:
+    """Why not even Python could be run."""
+    if remote.container and _OF_DOCKER in told:
+        return f"has no running container `{remote.container}` (`experiment.runner.docker`): {told}"
+    if remote.container and "docker" in told and "OCI" not in told:
+        return f"cannot run `docker`: {told}"
+    if remote.container:
+        return (
+            f"has no {remote.python} in its container `{remote.container}`: {told}; name the interpreter there by "
+            "`experiment.runner.python`"
+        )
+    return (
+        f"has no interpreter {remote.python}: {told}; expected the launcher's own, on the same path, or the one that "
+        "`experiment.runner.python` names"
+    )
 
 
 def watchers_of(record: HostRecord) -> dict[str, Any]:
@@ -151,7 +178,7 @@ def ask_hosts(run: RunRef, links: Links | None = None) -> dict[str, Answer]:
         with Links(run.remotes) as links:
             return ask_hosts(run, links)
     away = find_away(waiting)
-    replies = links.call("ask", {record.label: watchers_of(record) for record in waiting if record not in away})
+    replies = _ask_shared([record for record in waiting if record not in away], links)
     replies |= fetch_reports(away, links) if away else {}
     return {
         label: Answer(unreachable=reply.fault)
@@ -159,6 +186,14 @@ def ask_hosts(run: RunRef, links: Links | None = None) -> dict[str, Answer]:
         else Answer(reply.answer["is_watched"], reply.answer["num_left"])
         for label, reply in replies.items()
     }
+
+
+def _ask_shared(records: Sequence[HostRecord], links: Links) -> dict[str, Reply]:
+    watchers = {record.label: watchers_of(record) for record in records}
+    replies = links.run_all({label: (render_pulse(row), b"") for label, row in watchers.items()}, ASK_LIMIT_S)
+    dead = [label for label, reply in replies.items() if not (reply.fault or reply.answer.get("is_watched"))]
+    replies = {label: Reply({"num_left": 0, **reply.answer}, reply.fault) for label, reply in replies.items()}
+    return replies | links.call("ask", {label: watchers[label] for label in dead})
 
 
 def load_true_records(run: RunRef) -> tuple[HostRecord, ...]:
@@ -174,6 +209,7 @@ def clean_hosts(run: RunRef, links: Links, grace_s: float) -> int:
         record.label: {"token": record.spec.token, "grace_s": grace_s}
         for record in records
         if record.label in links.remotes and not record.is_here and record.find("agent_started")
+        if not record.has_ended  # the last word of an agent that left nothing
     }
     replies = links.call("clean", requests, grace_s + ASK_LIMIT_S)
     return total + sum(int(reply.answer.get("num_left", 0)) for reply in replies.values())
@@ -188,15 +224,12 @@ def signal_hosts(run: RunRef, links: Links, signum: int, labels: Iterable[str] |
     """
     wanted = set(run.labels if labels is None else labels)
     records = [record for record in find_askable(run, load_records(run)) if record.label in wanted]
+    shared = [record for record in records if record.mirror is None]
+    links.run_all({record.label: (render_pulse(watchers_of(record), signum), b"") for record in shared}, ASK_LIMIT_S)
     notice = load_notice(run.notice_path)
     said = {"path": str(run.notice_path), **asdict(notice)} if notice else None
-    links.call(
-        "end",
-        {
-            record.label: {**watchers_of(record), "signum": signum, "notice": said if record.mirror else None}
-            for record in records
-        },
-    )
+    away = [record for record in records if record.mirror is not None]
+    links.call("end", {record.label: {**watchers_of(record), "signum": signum, "notice": said} for record in away})
 
 
 def pass_notice(run: RunRef, links: Links | None = None) -> None:
@@ -224,18 +257,25 @@ class Look:
     `links`.
 
     also: what else to fetch of hosts with a folder of their own that answer; returns label -> why it could not be
+    answers: what hosts said a moment ago, so that they are not asked at once; empty where all have just been started
     """
 
-    def __init__(self, run: RunRef, links: Links | None = None, also: Fetch | None = None) -> None:
+    def __init__(
+        self,
+        run: RunRef,
+        links: Links | None = None,
+        also: Fetch | None = None,
+        answers: Mapping[str, Answer] | None = None,
+    ) -> None:
         self.run = run
         self.links = links or Links(run.remotes)
         self.also = also
         self.has_away = any(not remote.is_shared for remote in run.remotes)
-        self.answers: dict[str, Answer] = {}
+        self.answers = dict(answers or {})
         self.silent_since: dict[str, float] = {}
         self.unread: dict[str, str] = {}
         self.passed: Notice | None = None
-        self.next_ask = 0.0
+        self.next_ask = 0.0 if answers is None else time.monotonic() + ASK_EVERY_S
         self.asking: threading.Thread | None = None
 
     def load_records(self) -> tuple[HostRecord, ...]:

@@ -14,6 +14,7 @@ import base64
 import json
 import secrets as random_words
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.errors import FlagScaleError, LaunchError, UserError
-from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port, gather_secrets
+from flagscale.runner.launch.checks import check_capacity, check_outputs, check_programs, choose_port, gather_secrets
 from flagscale.runner.launch.ending import catch_interrupts
 from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
@@ -40,8 +41,10 @@ from flagscale.runner.launch.folder import (
 )
 from flagscale.runner.launch.local import GRACE_S, HANDOVER_LIMIT_S, hand_over, refuse_living, strip_secrets
 from flagscale.runner.launch.notice import Notice, write_notice
+from flagscale.runner.launch.patches import expect_patches
 from flagscale.runner.launch.reach import Links, Look, Reply, ask_hosts, clean_hosts, signal_hosts
 from flagscale.runner.launch.record import load_records
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.launch.startup import explain_interrupt
 from flagscale.runner.plan.job import HostPlan, JobPlan, LaunchName, encode_plan
 
@@ -122,11 +125,12 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
     faults: list[tuple[str, Fault]] = []
     port = plan.master_port or 0
     away: set[str] = set()
-    replies = _ask_ready(plan, links)
+    patches = expect_patches(plan)
+    replies = _ask_ready(plan, links, patches)
     for host in plan.hosts:
         name = host.host.name
         if host.label not in replies:
-            faults += [(kind, (name, text)) for kind, text in _check_here(plan, host, env)]
+            faults += [(kind, (name, text)) for kind, text in _check_here(plan, host, env, patches)]
             port = port or choose_port(plan)
             continue
         reply = replies[host.label]
@@ -134,6 +138,8 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
             faults.append(("launch", (name, reply.fault)))
             continue
         faults += [(kind, (name, text)) for kind, text in reply.answer["faults"]]
+        for note in reply.answer["notes"]:
+            print(f"note: {name}: {note}", file=sys.stderr)
         port = reply.answer["port"] or port
         if not reply.answer["is_shared"]:
             away.add(host.label)
@@ -141,21 +147,27 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
     return Ready(port, frozenset(away))
 
 
-def _ask_ready(plan: JobPlan, links: Links) -> dict[str, Reply]:
+def _ask_ready(plan: JobPlan, links: Links, patches: Mapping[str, str]) -> dict[str, Reply]:
+    with make_requests(plan, patches) as requests:
+        return links.call("check", {label: requests[label] for label in links.remotes}, CHECK_LIMIT_S)
+
+
+@contextmanager
+def make_requests(plan: JobPlan, patches: Mapping[str, str]) -> Iterator[dict[str, dict[str, Any]]]:
+    """Label of each host -> what its `check` is asked, as long as the file lies there that the hosts should see."""
     current = find_current(Path(plan.exp_dir))
     with _place_nonce(Path(plan.exp_dir)) as (path, nonce):
-        requests = {
+        yield {
             host.label: {
                 "plan": encode_plan(replace(plan, hosts=(host,))),
                 "nonce_path": str(path),
                 "nonce": nonce,
                 "is_head": host is plan.hosts[0],
                 "known_run": current.run_id if current else None,
+                "patches": dict(patches),
             }
             for host in plan.hosts
-            if host.label in links.remotes
         }
-        return links.call("check", requests, CHECK_LIMIT_S)
 
 
 def raise_faults(faults: Sequence[tuple[str, Fault]], num_hosts: int) -> None:
@@ -168,12 +180,16 @@ def raise_faults(faults: Sequence[tuple[str, Fault]], num_hosts: int) -> None:
         raise error(describe_faults([fault for _, fault in faults], num_hosts))
 
 
-def _check_here(plan: JobPlan, host: HostPlan, env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _check_here(
+    plan: JobPlan, host: HostPlan, env: Mapping[str, str], patches: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """A plan may name this machine beside others."""
     alone = replace(plan, hosts=(host,))
     try:
         check_programs(alone, env)
+        check_trees(alone, patches)
         check_outputs(alone)
+        check_capacity(alone)
     except FlagScaleError as error:
         yield ("user" if isinstance(error, UserError) else "launch"), str(error)
 
@@ -273,7 +289,7 @@ def start_agents(run: RunRef, links: Links, secrets: Mapping[str, str], env: Map
     line = json.dumps(dict(secrets)).encode() + b"\n"
     archive = str(run.folder / "agent.pyz")
     commands = {
-        label: ([remote.python, "-I", archive, str(run.spec_path(label))], line)
+        label: ([remote.python, "-I", "-S", archive, str(run.spec_path(label))], line)
         for label, remote in links.remotes.items()
     }
     with catch_interrupts(run, stops_job=False) as interrupts:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 from flagscale.errors import LaunchError
 from flagscale.runner.launch.ending import catch_interrupts, tell_to_end
-from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.folder import RunRef, load_job
 from flagscale.runner.launch.journal import read_tail
 from flagscale.runner.launch.reach import Look, pass_notice
 from flagscale.runner.launch.record import HostRecord, describe_stacks, order_by_cause
 from flagscale.runner.launch.resume import describe_beginning
+from flagscale.runner.launch.sources import describe_tree
 from flagscale.runner.plan.job import JobPlan
 
 POLL_S = 0.2
@@ -34,7 +35,7 @@ def wait_until_up(run: RunRef, plan: JobPlan, foreground: bool) -> None:
     with catch_interrupts(run, stops_job=foreground) as interrupts:
         print(describe_launch(run, plan, foreground), file=sys.stderr, flush=True)
         deadline = time.monotonic() + plan.start_timeout_s
-        look = Look(run)
+        look = Look(run, answers={})
         with show_progress() as show:
             if run.launcher == "slurm":
                 from flagscale.runner.launch.slurm import wait_in_queue
@@ -71,9 +72,11 @@ def describe_launch(run: RunRef, plan: JobPlan, foreground: bool) -> str:
     size = f", {plan.num_ranks} ranks" if plan.num_ranks else ""
     where = plan.hosts[0].host.name if len(plan.hosts) == 1 else f"{len(plan.hosts)} hosts"
     stop = f"flagscale stop {run.run_id}"
+    trees = load_job(run.exp_dir, run.run_id)["trees"]
     away = [remote.name for remote in run.remotes if not remote.is_shared]
     on_hosts = f", on each of {', '.join(away)} its own" if away else ""
     rows = {
+        "source": "; ".join(f"{tree['path']}: {describe_tree(tree)}" for tree in trees),
         "outputs": f"{run.exp_dir}{on_hosts}",
         "log": f"{run.output_path(run.labels[0]) if len(run.labels) == 1 else run.log_dir}{on_hosts}",
         "checkpoints": f"{plan.checkpoint_dir}{on_hosts}" if away and plan.checkpoint_dir else None,
@@ -84,7 +87,7 @@ def describe_launch(run: RunRef, plan: JobPlan, foreground: bool) -> str:
     width = max(len(name) for name, text in rows.items() if text)
     what = plan.task + (f" with {plan.backend}" if plan.backend else "")
     head = f"run {run.run_id}: {f'{plan.exp_name}, ' if plan.exp_name else ''}{what}{size} on {where}"
-    return "\n".join([head, *(f"  {name:<{width}} {text}" for name, text in rows.items() if text)])
+    return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in rows.items() if text)])
 
 
 def explain_interrupt(run: RunRef, is_stopping: bool) -> LaunchError:
@@ -123,7 +126,7 @@ def check_alive(run: RunRef, records: tuple[HostRecord, ...], foreground: bool) 
             the foreground its exit code is the job's.
     """
     has_failed = any((end := record.find("job_ended")) and end["outcome"] == "failed" for record in records)
-    if has_failed and any(record.is_alive and record.spec.ending for record in records):
+    if has_failed and any(record.is_alive and record.spec.neighbour for record in records):
         return  # the other hosts are ending too; whose fault it was is known when all have
     for record in order_by_cause(records):
         end = record.find("job_ended")

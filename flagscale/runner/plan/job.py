@@ -40,6 +40,18 @@ Word: TypeAlias = str | AtLaunch
 
 
 @dataclass(frozen=True, slots=True)
+class BackendTree:
+    """A folder that a process imports its backend from.
+
+    chip: whose patch set the folder must bear; None where any will do
+    """
+
+    path: str
+    backend: str
+    chip: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """One process group on one host: a program, or a torchrun with its ranks.
 
@@ -52,6 +64,7 @@ class ProcessSpec:
     env: exported in this order; names in `JobPlan.secrets` are not here, the agent puts them in at launch
     path_dirs: put before PYTHONPATH
     bin_dirs: put before PATH
+    tree: the backend's; it stands in path_dirs too
     """
 
     name: str
@@ -66,6 +79,7 @@ class ProcessSpec:
     env: tuple[tuple[str, Word], ...] = ()
     path_dirs: tuple[str, ...] = ()
     bin_dirs: tuple[str, ...] = ()
+    tree: BackendTree | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +98,8 @@ class HostPlan:
     """the address of another host of the job; empty where this one is alone, or the planner does not know any"""
     interface_vars: tuple[str, ...] = ()
     """variables that get the interface which leads to `peer`, found on the host, where nothing else sets them"""
+    python: str | None = None
+    """the interpreter there; None: the launcher's own path, in a container `python3`"""
 
     @property
     def label(self) -> str:
@@ -122,8 +138,11 @@ class JobPlan:
     """for slurm: options of sbatch, the value empty for a switch; for ray: `address`, `wait_s`"""
     accept_new_host_keys: bool = False
     """remember the key of a host that was never met; one that changed is refused in any case"""
+    ssh_client: Literal["paramiko", "openssh"] = "paramiko"
     no_shared_fs: bool = False
     """each host has an experiment folder of its own, on the same path"""
+    docker: str | None = None
+    """the container on every host that the job runs in, and its agent with it"""
     service: Mapping[str, Any] | None = None
     """what the controller of a service is told (`plan/service.py`)"""
     version: int = PLAN_VERSION
@@ -167,7 +186,8 @@ def _process(row: dict[str, Any]) -> ProcessSpec:
     env = tuple((name, _word(value)) for name, value in row["env"])
     dirs = {name: tuple(row[name]) for name in ("path_dirs", "bin_dirs")}
     arguments = tuple((name, freeze(value)) for name, value in row["arguments"])
-    return ProcessSpec(**{**row, **dirs, "argv": words, "env": env, "arguments": arguments})
+    tree = BackendTree(**row["tree"]) if row.get("tree") else None
+    return ProcessSpec(**{**row, **dirs, "argv": words, "env": env, "arguments": arguments, "tree": tree})
 
 
 def _host(row: dict[str, Any]) -> HostPlan:

@@ -35,6 +35,7 @@ def plan_rl(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
     arguments = [*task.overrides.items(), *((f"+{name}", value) for name, value in task.append_kargs.items())]
     rows = []
     for node_rank, host in enumerate(hosts):
+        tree = site.find_tree("verl", host.chip)
         env = environment_of(config, host)
         processes = plan_ray(config, site, host, node_rank, env)
         if node_rank == 0:
@@ -46,8 +47,9 @@ def plan_rl(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
                     backend=backend_of(config),
                     arguments=tuple((name, freeze(value)) for name, value in arguments),
                     env=env,
-                    path_dirs=(*((site.sources["verl"],) if "verl" in site.sources else ()), site.root),
-                    bin_dirs=bin_dirs_of(site),
+                    path_dirs=(*((tree.path,) if tree else ()), site.root),
+                    bin_dirs=bin_dirs_of(config, site, host),
+                    tree=tree,
                 ),
             )
         rows.append(plan_host(config, outputs, host, node_rank, processes))

@@ -103,7 +103,7 @@ def _plan_torchrun(
     backend = backend_of(config)
     entrypoint = require_entrypoint(config)
     options = _torchrun_options(config, outputs, host, num_hosts, node_rank)
-    sources = (site.sources[backend],) if backend in site.sources else ()
+    tree = site.find_tree(backend, host.chip)
     return ProcessSpec(
         name="torchrun",
         argv=(config.experiment.runner.backend, *options, entrypoint),
@@ -115,8 +115,9 @@ def _plan_torchrun(
         first_rank=first_rank,
         announces=posixpath.normpath(entrypoint).endswith(OWN_ENTRYPOINTS),
         env=environment_of(config, host),
-        path_dirs=(*sources, root),
-        bin_dirs=bin_dirs_of(site),
+        path_dirs=(*((tree.path,) if tree else ()), root),
+        bin_dirs=bin_dirs_of(config, site, host),
+        tree=tree,
     )
 
 

@@ -33,5 +33,5 @@ def render_argv(process: ProcessSpec, values: Mapping[LaunchName, str] | None = 
 
 def _keep_from_torchrun(word: str) -> str:
     """torchrun puts the local rank in place of `$local_rank` in the words of its ranks, and makes `$$` a `$`."""
-    is_changed = Template(word).safe_substitute(local_rank="") != word
+    is_changed = "$" in word and Template(word).safe_substitute(local_rank="") != word
     return word.replace("$", "$$") if is_changed else word

@@ -209,13 +209,18 @@ def build_app(pool: Pool, settings: RouterSettings) -> Starlette:
     return Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={Refusal: _answer_refusal, HTTPException: _answer_http},
+        exception_handlers={Refusal: _answer_refusal, HTTPException: _answer_http, Exception: _answer_fault},
     )
 
 
 async def _answer_refusal(_: Asked, refusal: Exception) -> Response:
     assert isinstance(refusal, Refusal)
     return Response(refusal.body(), refusal.status, refusal.headers, "application/json")
+
+
+async def _answer_fault(asked: Asked, _: Exception) -> Response:
+    """A mistake of ours, in the same shape; its traceback goes to the log."""
+    return await _answer_refusal(asked, Refusal(500, "the router failed; its log says why", "internal_error"))
 
 
 async def _answer_http(asked: Asked, error: Exception) -> Response:

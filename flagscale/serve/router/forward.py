@@ -37,6 +37,7 @@ _ERROR_BYTES = 64 * 1024
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _LARGEST_EVENT = 1024 * 1024
 _LARGE_BODY = 1024 * 1024
+_IDLE_SLACK = 1.1
 
 
 class ReplicaFault(Exception):  # noqa: N818 (it never leaves this module)
@@ -92,12 +93,11 @@ class Forwarder:
 
     async def forward(self, request: Request, send: Send, record: Record) -> None:
         """Answer a request by a replica, or by an error. Raises Refusal while nothing has been sent."""
-        until = record.started + self._settings.hold_timeout_s
         tried: frozenset[tuple[str, int]] = frozenset()
         retries_left = self._settings.retries
         fault: ReplicaFault | None = None
         while True:
-            lease = await self._lease(request, tried, until, fault)
+            lease = await self._lease(request, tried, fault)
             if lease is None:
                 break
             record.model, record.replica = request.model, lease.replica.id
@@ -118,12 +118,13 @@ class Forwarder:
         await _send_fault(fault, request, record, send)
 
     async def _lease(
-        self, request: Request, tried: frozenset[tuple[str, int]], until: float, fault: ReplicaFault | None
+        self, request: Request, tried: frozenset[tuple[str, int]], fault: ReplicaFault | None
     ) -> Lease | None:
         """A replica for the next try; None where the last one's own answer is better than to wait for another."""
         try:
             if fault is not None and (fault.answer or fault.status == 504):
                 return self._pool.find_lease(request.model, request.key, tried)
+            until = asyncio.get_running_loop().time() + self._settings.hold_timeout_s
             return await self._pool.acquire(request.model, request.key, tried, until)
         except UnknownModelError as error:
             raise Refusal(404, str(error), "model_not_found", "model") from None
@@ -144,10 +145,8 @@ class Forwarder:
                 response = await stack.enter_async_context(self._post(it))
                 stack.callback(response.close)
                 await self._answer(it, response)
-        except (
-            aiohttp.ClientError,
-            OSError,
-        ) as error:  # OSError includes TimeoutError, of a connection or of the limit
+        except (aiohttp.ClientError, OSError) as error:
+            # OSError includes TimeoutError, of a connection or of the limit.
             reason, status = self._tell(it, error)
             is_to_blame = not (it.lease.is_cut or it.is_sending)
             if is_to_blame:
@@ -207,7 +206,7 @@ class Forwarder:
     async def _pass_on(self, it: _Exchange, content: aiohttp.StreamReader, chunk: bytes) -> None:
         """Every byte from the first `chunk` to the last; of a stream of events only whole ones."""
         time, idle_s = asyncio.get_running_loop().time, self._settings.idle_timeout_s
-        rest, more = b"", True
+        rest, more, renew_at = b"", True, 0.0
         while more:
             more = not content.at_eof()
             if it.is_stream and more:
@@ -218,7 +217,9 @@ class Forwarder:
                 it.record.usage = chunk
             now = time()
             it.lease.alive(now)
-            it.limit.reschedule(now + idle_s)
+            if now >= renew_at:  # a timer for each piece would be a tenth of the router's work
+                it.limit.reschedule(now + idle_s * _IDLE_SLACK)
+                renew_at = now + idle_s * (_IDLE_SLACK - 1)
             if chunk or not more:
                 it.is_sending = True
                 await it.send({"type": "http.response.body", "body": chunk, "more_body": more})

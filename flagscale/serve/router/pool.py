@@ -11,7 +11,7 @@ Everything runs on one event loop and nothing here waits while it changes someth
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +139,7 @@ class Pool:
         self._prober = prober
         self._members: dict[str, _Member] = {}
         self._policies: dict[str, Policy] = {}
+        self._expected: tuple[str, ...] = ()
         self._hold = HoldQueue(self.settings.hold_requests)
         self._is_started = False
 
@@ -152,6 +153,15 @@ class Pool:
         self._members[replica.id] = member = _Member(replica, breaker)
         if self._is_started:
             member.watch = asyncio.create_task(self._watch(member))
+
+    def expect(self, models: Iterable[str]) -> None:
+        """These models are served even while they have no replica: requests for them wait instead of being unknown.
+
+        Each call replaces what was expected before.
+        """
+        before, self._expected = self._expected, tuple(models)
+        for model in before:
+            self._forget_unless_known(model)
 
     async def drain(self, replica_id: str, timeout_s: float) -> int:
         """Give a replica no new requests and wait until it has none; cut those left after `timeout_s`, tell how many.
@@ -175,17 +185,16 @@ class Pool:
             member.watch.cancel()
         for lease in tuple(member.leases):
             lease.cut()
-        if member.replica.model not in self.models():
-            self._policies.pop(member.replica.model, None)
-            self._hold.wake(member.replica.model)
+        self._forget_unless_known(member.replica.model)
 
     def states(self) -> tuple[ReplicaState, ...]:
         """All replicas in the order in which they were added."""
         return tuple(member.state() for member in self._members.values())
 
     def models(self) -> tuple[str, ...]:
-        """Every model that has a replica, ready or not, once."""
-        return tuple(dict.fromkeys(member.replica.model for member in self._members.values()))
+        """Every model that is expected or has a replica, ready or not, once."""
+        had = (member.replica.model for member in self._members.values())
+        return tuple(dict.fromkeys((*self._expected, *had)))
 
     def held(self, model: str | None = None) -> int:
         """How many requests wait for a ready replica: of `model`, or in all."""
@@ -229,7 +238,7 @@ class Pool:
         since. Raises UnknownModelError.
         """
         ready: list[Load] = []
-        is_known = False
+        is_known = model in self._expected
         for member in self._members.values():
             if member.replica.model == model:
                 is_known = True
@@ -301,6 +310,11 @@ class Pool:
             return member
         nearest = find_nearest(replica_id, self._members)
         raise UserError(f"no replica {replica_id}" + (f"; did you mean `{nearest}`?" if nearest else ""))
+
+    def _forget_unless_known(self, model: str) -> None:
+        if model not in self.models():
+            self._policies.pop(model, None)
+            self._hold.wake(model)
 
     def _tell_models(self, model: str) -> str:
         known = self.models()

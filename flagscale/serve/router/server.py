@@ -107,7 +107,10 @@ class RouterServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         count = self._pool.in_flight() + self._pool.held()
-        tell(f"router ends: {count} requests in flight, they have {self._settings.drain_timeout_s:g} s" * bool(count))
+        tell(
+            f"router ends; requests in flight: {count}"
+            + f", they have {self._settings.drain_timeout_s:g} s" * bool(count)
+        )
         cutter = asyncio.create_task(self._cut())
         await super().shutdown(sockets)
         cutter.cancel()
@@ -115,7 +118,7 @@ class RouterServer(uvicorn.Server):
 
     async def _cut(self) -> None:
         await asyncio.sleep(self._settings.drain_timeout_s)
-        tell(f"router cuts {self._pool.cut_all()} requests that have not finished")
+        tell(f"router cuts what has not finished; requests: {self._pool.cut_all()}")
 
 
 def listen(settings: RouterSettings) -> socket.socket:
@@ -142,8 +145,7 @@ def run_router(pool: Pool, settings: RouterSettings) -> None:
 
 def tell(line: str) -> None:
     """To whoever started the router: its output is the service's log."""
-    if line:
-        print(line, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)
 
 
 def _is_news(record: logging.LogRecord) -> Any:

@@ -1,0 +1,142 @@
+"""Services of real engines on a CPU: started by the same command, asked by OpenAI's client, stopped cleanly.
+
+The native engine is always there. Others are the user's, so their tests say where they look:
+
+    FLAGSCALE_TEST_VLLM        the folder of programs of an environment with vLLM for CPUs
+    FLAGSCALE_TEST_SGLANG      the same with SGLang for CPUs
+    FLAGSCALE_TEST_LLAMA_CPP   the folder with a built `llama-server`
+    FLAGSCALE_TEST_GGUF        a model that it loads
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from services import Bench, wait_for
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+CONTEXT = 512
+PATIENCE_S = 600.0
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights whose tokens are bytes."""
+    from engine_models import make_model
+
+    from flagscale.inference.byte_tokenizer import write_byte_tokenizer
+    from flagscale.train.token_files import VOCAB_SIZE
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    folder.mkdir()
+    made = make_model("qwen3", vocab_size=VOCAB_SIZE, head_dim=32, hidden_size=64)
+    made.save_pretrained(folder)
+    write_byte_tokenizer(folder, CONTEXT)
+    return folder
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench.make(tmp_path)
+    yield made
+    made.serve("stop", str(made.exp_dir), "--force")
+    assert made.list_left() == []
+
+
+def folder_of(variable: str) -> str:
+    found = os.environ.get(variable)
+    if not found:
+        pytest.skip(f"${variable} names no folder with this engine")
+    return found
+
+
+def ask_everything(url: str, model: str) -> None:
+    """What clients use: whole and streamed answers, chat, a stop word, a seed, log-probabilities."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
+        assert [row.id for row in client.models.list()] == [model]
+        whole = client.completions.create(model=model, prompt="Hello", max_tokens=6, temperature=0, seed=1)
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens <= 6
+        stream = client.completions.create(
+            model=model, prompt="Hello", max_tokens=6, temperature=0, seed=1, stream=True
+        )
+        assert "".join(piece.choices[0].text for piece in stream if piece.choices) == whole.choices[0].text
+        chat = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Hi"}], max_tokens=4, logprobs=True
+        )
+        assert chat.choices[0].message is not None
+
+
+def serve(bench: Bench, *words: str) -> None:
+    done = bench.call("serve", str(bench.base / "conf" / "serve.yaml"), *words, timeout_s=PATIENCE_S)
+    assert done.returncode == 0, done.stderr + bench.read_log()
+
+
+@pytest.mark.engine
+def test_the_native_engine(bench: Bench, tiny_model: Path) -> None:
+    bench.write("native", None, PATIENCE_S)
+    serve(bench, "--model-path", str(tiny_model), "--replicas", "2", "--bin-dir", str(Path(sys.executable).parent))
+    ask_everything(bench.url, "m")
+    os.kill(bench.find_pid("m-0"), signal.SIGKILL)
+    for _ in range(4):
+        bench.complete()
+    wait_for(lambda: bench.look()["state"] == "ready", 120)
+    assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_vllm_two_replicas_survive_a_death_and_an_update(bench: Bench, tiny_model: Path) -> None:
+    folder = folder_of("FLAGSCALE_TEST_VLLM")
+    envs = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    bench.write("vllm", {"num_replicas": 2}, PATIENCE_S, experiment__envs=envs)
+    args = '{"dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": true}'
+    serve(bench, "--model-path", str(tiny_model), "--bin-dir", folder, "--engine-args", args)
+    ask_everything(bench.url, "m")
+    with bench.load(num_callers=2, patience_s=PATIENCE_S) as load:
+        wait_for(lambda: load.num_good > 3, PATIENCE_S)
+        os.kill(bench.find_pid("m-0"), signal.SIGKILL)
+        wait_for(lambda: "m-0: ended" in bench.read_log())
+        wait_for(lambda: bench.look()["state"] == "ready", PATIENCE_S)
+    assert len(load.faults) == load.num_begun <= 2, load.faults
+    with bench.load(num_callers=2, patience_s=PATIENCE_S) as load:
+        changed = args.replace("256", "200")
+        done = bench.call("serve", "update", "--engine-args", changed, timeout_s=2 * PATIENCE_S)
+        assert done.returncode == 0, done.stderr
+    assert load.faults == []
+    assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_sglang(bench: Bench, tiny_model: Path) -> None:
+    folder = folder_of("FLAGSCALE_TEST_SGLANG")
+    bench.write("sglang", None, PATIENCE_S, experiment__envs={"SGLANG_USE_CPU_ENGINE": "1"})
+    args = (
+        '{"device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch", '
+        '"disable_overlap_schedule": true, "disable_radix_cache": true, "mem_fraction_static": 0.05, '
+        '"max_total_tokens": 4096, "context_length": 512, "skip_server_warmup": true}'
+    )
+    serve(bench, "--model-path", str(tiny_model), "--bin-dir", folder, "--engine-args", args)
+    ask_everything(bench.url, "m")
+    assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_llama_cpp(bench: Bench) -> None:
+    folder, model = folder_of("FLAGSCALE_TEST_LLAMA_CPP"), folder_of("FLAGSCALE_TEST_GGUF")
+    bench.write("llama_cpp", None, PATIENCE_S)
+    serve(bench, "--model-path", model, "--bin-dir", folder)
+    ask_everything(bench.url, "m")
+    assert bench.serve("stop").stdout.endswith("stopped\n")

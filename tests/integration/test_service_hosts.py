@@ -1,0 +1,94 @@
+"""A service whose replicas are on other hosts, reached over SSH: behind a key there, and ended from here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import serve_model, serve_tree, write_config
+from hosts import MakeHosts, missing, run_at
+from services import FAKE, Bench, wait_for
+from ssh_jobs import Bench as HostBench
+
+pytest_plugins = ("host_fixtures",)
+pytestmark = [pytest.mark.hosts, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+pytest.importorskip("paramiko")
+
+PORT = 18431
+
+
+def make_bench(make_hosts: MakeHosts, base: Path, num_hosts: int) -> HostBench:
+    base.mkdir()
+    Bench.make(base)  # the model and the fake engine
+    bench = HostBench(make_hosts(num_hosts), base)
+    (base / "hostfile").write_text("".join(f"h{number} slots=2 type=cpu\n" for number in range(1, num_hosts + 1)))
+    args = {"model": str(base / "model"), "served_model_name": "m"}
+    model = serve_model(serve_id="m", engine_args=args, resources={"num_replicas": num_hosts})
+    runner: dict[str, Any] = {
+        "hostfile": str(base / "hostfile"),
+        "bin_dir": str(base / "bin"),
+        "start_timeout_s": 90,
+        "deploy": {"port": PORT},
+    }
+    tree = serve_tree(model, experiment__exp_dir=str(bench.exp_dir), experiment__runner=runner)
+    write_config(base / "conf", tree, "serve")
+    return bench
+
+
+def status_of(bench: HostBench) -> dict[str, Any]:
+    done = bench.call("serve", "status", str(bench.exp_dir), "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def ask(bench: HostBench, url: str, on: str | None = None) -> str:
+    body = json.dumps({"model": "m", "prompt": "hi", "max_tokens": 3})
+    command = ("curl", "-s", f"{url}/v1/completions", "-H", "Content-Type: application/json", "-d", body)
+    return run_at(bench.hosts, *command, on=on).stdout
+
+
+def list_engines(bench: HostBench) -> list[str]:
+    needle = str(bench.base / "model").encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if needle in words and str(FAKE).encode() in words:
+            found.append(folder.name)
+    return found
+
+
+def test_replicas_on_two_hosts_behind_one_address(make_hosts: MakeHosts, tmp_path: Path) -> None:
+    bench = make_bench(make_hosts, tmp_path / "base", 2)
+    done = bench.call("serve", str(bench.base / "conf" / "serve.yaml"))
+    assert done.returncode == 0, done.stderr
+    status = status_of(bench)
+    assert [(row["hosts"], row["state"]) for row in status["replicas"]] == [(["h1"], "ready"), (["h2"], "ready")]
+    assert '"w0 w1 w2"' in ask(bench, f"http://127.0.0.1:{PORT}")
+    # an engine that other machines can reach answers nobody without the controller's key
+    assert "wrong key" in ask(bench, status["replicas"][0]["url"], on="h2")
+    assert bench.call("serve", "doctor", str(bench.exp_dir)).returncode == 0
+
+    bench.hosts.kill("h2")
+    wait_for(lambda: status_of(bench)["state"] == "degraded")
+    for _ in range(3):
+        assert '"w0 w1 w2"' in ask(bench, f"http://127.0.0.1:{PORT}")
+    bench.hosts.start("h2")
+    # a replica may just be on its way to the host that came back: it is waited for, and ended
+    done = bench.call("serve", "stop", str(bench.exp_dir), timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    assert list_engines(bench) == []
+
+
+def test_a_fault_of_one_host_is_named_and_nothing_is_left_on_the_other(make_hosts: MakeHosts, tmp_path: Path) -> None:
+    bench = make_bench(make_hosts, tmp_path / "base", 2)
+    (bench.base / "hostfile").write_text("h1 slots=2 type=cpu\nh9 slots=2 type=cpu\n")
+    done = bench.call("serve", str(bench.base / "conf" / "serve.yaml"))
+    assert done.returncode == 1
+    assert "the service did not start: m-1: " in done.stderr
+    assert "h9" in done.stderr
+    assert list_engines(bench) == []
