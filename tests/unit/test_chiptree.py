@@ -1,5 +1,6 @@
 """A tree for each chip beside upstream's; and what a launch asks of it, writes down of it, and compares."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -38,7 +39,7 @@ def make_pin(folder: Path, files: dict[str, bytes] = FILES) -> Pin:
     """A pin whose archive lies where a fetch looks first, so that nothing is downloaded."""
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / "toy-1.0.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
+    with gzip.GzipFile(archive, "wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(f"toy-1.0/{name}")
             member.size = len(content)
