@@ -116,7 +116,7 @@ def verify(args: argparse.Namespace, pin: "Pin | None", tree: Path | None, layer
         print(render_matrix(columns), end="")
         print(f"\n{render_notes(columns)}" if args.notes else "", end="")
     if args.plot:
-        plot_decay(columns, ", ".join(f"{layer.name} (made for {layer.version})" for layer in layers), args.plot)
+        plot_decay(columns, f"{layers[-1].name}, made for {layers[-1].version}", args.plot)
     return int(any(verdict.kind in ("conflict", "obsolete") for column in columns for verdict in column))
 
 

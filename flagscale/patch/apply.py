@@ -71,10 +71,10 @@ def apply_series(tree: Path, layers: Sequence[Series], options: Options = Option
         stash = taken.write(hold.tree)
         draft = replace(draft, stash=(*draft.stash, str(stash)) if stash else draft.stash)
         with rebuild(hold) as fresh:
-            build_unpatched(hold.tree, fresh, record)
+            unpatched = build_unpatched(hold.tree, fresh, record)
             taken.put_originals(fresh)
-            build_patched(hold, fresh, fit, draft)
-        kept = remove_old(hold, taken.made(hold.work / "tree"))
+            build_patched(hold, fresh, unpatched, fit, draft)
+        kept = remove_old(hold, unpatched.files, taken.made(hold.work / "tree"))
     return Outcome(True, fit.stream, fit.notes, rejects, stash, kept)
 
 
@@ -97,8 +97,8 @@ def revert_tree(tree: Path, *, stash: bool = False, dry_run: bool = False) -> Ou
             return Outcome(True, load_diff(hold.tree), told)
         kept_in = taken.write(hold.tree)
         with rebuild(hold) as fresh:
-            build_unpatched(hold.tree, fresh, record)
-        kept = remove_old(hold, taken.made(hold.work / "tree"))
+            unpatched = build_unpatched(hold.tree, fresh, record)
+        kept = remove_old(hold, unpatched.files, taken.made(hold.work / "tree"))
     return Outcome(True, b"", told, stash=kept_in, kept=kept)
 
 

@@ -7,32 +7,36 @@ to the new one.
 
 import dataclasses
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 from flagscale.errors import PatchError
 from flagscale.patch.diffs import Hunk, read_changes, show_name
 from flagscale.patch.fit import Fit, Misfit
 from flagscale.patch.git import apply_diff, try_patches
-from flagscale.patch.state import STATE_FILE, Record, Touched, dump_record, make_listing
+from flagscale.patch.series import hash_bytes
+from flagscale.patch.state import STATE_FILE, Record, Touched, dump_record
 from flagscale.patch.swap import (
     BASE_DIR,
     Hold,
+    Linked,
     cached_source,
     caches_of,
     copy_folder_modes,
     link_file,
     link_tree,
-    walk,
 )
 from flagscale.patch.tree import (
     CACHE_DIR,
+    OWN_NAMES,
     REGULAR,
     STATE_DIR,
     Content,
     Digest,
-    read_content,
-    read_digest,
+    is_derived,
+    read_contents,
     write_content,
 )
 
@@ -42,15 +46,14 @@ REJECTS_DIR = f"{STATE_DIR}/rejects"
 Files = dict[str, Content]
 
 
-def read_base(tree: Path, record: Record | None, names: Iterable[str]) -> Files:
+def read_base(tree: Path, record: Record | None, names: Collection[str]) -> Files:
     """The files as they were before patches."""
-    touched = record.touched if record else {}
-    found = {}
-    for name in names:
-        content = read_content(tree / BASE_DIR if name in touched else tree, name)
-        if content:
-            found[name] = content
-    return found
+    if record is None:
+        return read_contents(tree, names)
+    kept = {name: record.kept[name] for name in names if name in record.kept}
+    found = read_contents(tree / BASE_DIR, kept.values())
+    others = read_contents(tree, (name for name in names if name not in record.touched))
+    return {name: found[number] for name, number in kept.items()} | others
 
 
 def read_result(tree: Path, record: Record) -> Files:
@@ -65,23 +68,53 @@ def load_diff(tree: Path) -> bytes:
     return (tree / STATE_DIR / DIFF_FILE).read_bytes()
 
 
-def build_unpatched(tree: Path, fresh: Path, record: Record | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Unpatched:
+    """A tree without patches: its folders, with their permissions, and its files."""
+
+    folders: dict[str, int]
+    files: Linked
+
+    def make_listing(self, touched: Set[str]) -> dict[str, tuple[int, int]]:
+        """Size and mtime_ns of the source files that are not touched."""
+        rows = ((name, found) for name, found in self.files.items() if name not in touched and not is_derived(name))
+        return {name: (row.st_size, row.st_mtime_ns) for name, row in rows if name.split("/")[0] not in OWN_NAMES}
+
+
+def build_unpatched(tree: Path, fresh: Path, record: Record | None) -> Unpatched:
     """Build the tree without patches: links to what no patch touched, and to the files as they were.
 
     Raises:
         PatchError: a file of somebody's stands where a folder or file has to come back.
     """
     touched = record.touched if record else {}
-    link_tree(tree, fresh, lambda name: name in touched or cached_source(name) in touched)
+    folders, files = link_tree(tree, fresh, lambda name: name in touched or cached_source(name) in touched)
     if record:
         _remove_made_folders(fresh, record)
-        try:
-            link_tree(tree / BASE_DIR, fresh, lambda _name: False)
-        except FileExistsError as error:
-            name = Path(error.filename2 or error.filename).relative_to(fresh)
-            raise PatchError(f"{tree / name} is in the way of an upstream file; move it elsewhere") from None
-        copy_folder_modes(tree / BASE_DIR, fresh)
-    copy_folder_modes(tree, fresh)
+        files |= _put_base_back(tree, fresh, record)
+        folders = [*(name for name in folders if (fresh / name).is_dir()), *(name for name, _ in record.lost_dirs)]
+    copy_folder_modes(tree, fresh, (name for name in folders if (tree / name).is_dir()))
+    return Unpatched({name: stat.S_IMODE(os.stat(f"{fresh}/{name}").st_mode) for name in folders}, files)  # noqa: PTH116
+
+
+def _put_base_back(tree: Path, fresh: Path, record: Record) -> Linked:
+    """Put links to the files as they were, and their folders, into the new tree.
+
+    Raises:
+        PatchError: a file of somebody's stands where a folder or file has to come back.
+    """
+    try:
+        for name, mode in record.lost_dirs:
+            (fresh / name).mkdir(exist_ok=True)
+            (fresh / name).chmod(mode)
+        for name, kept in record.kept.items():
+            if not os.path.isdir(f"{fresh}/{name.rpartition('/')[0]}"):  # noqa: PTH112
+                (fresh / name).parent.mkdir(parents=True)
+            link_file(f"{tree}/{BASE_DIR}/{kept}", f"{fresh}/{name}")
+    except (FileExistsError, NotADirectoryError) as error:
+        name = str(Path(error.filename2 or error.filename).relative_to(fresh))
+        raise PatchError(f"{tree / name} is in the way of an upstream file; move it elsewhere") from None
+    return {name: os.lstat(f"{fresh}/{name}") for name in record.kept}
 
 
 def _remove_made_folders(fresh: Path, record: Record) -> None:
@@ -92,27 +125,33 @@ def _remove_made_folders(fresh: Path, record: Record) -> None:
                 folder.rmdir()
 
 
-def build_patched(hold: Hold, fresh: Path, fit: Fit, draft: Record) -> None:
+def build_patched(hold: Hold, fresh: Path, unpatched: Unpatched, fit: Fit, draft: Record) -> None:
     """Turn the tree without patches, at `fresh`, into the patched one, and write its record into it.
 
     Raises:
         PatchError: git made something else of the files than it was to make.
     """
     names = set(fit.expected)
-    folders = set(walk(fresh)[0])
-    base = _keep_base(fresh, names)
-    apply_diff(fresh, fit.stream, hold.work, pass_fds=(hold.lock,))
-    results = {name: read_digest(fresh, name) for name in sorted(names)}
-    wrong = [n for n, found in results.items() if (found.sha256 if found else None) != fit.expected[n]]
+    base = {name: content.digest for name, content in fit.base.items() if name in names}
+    kept = _keep_base(fresh, base.keys(), fit.made.keys())
+    _write_made(hold, fresh, fit, kept)
+    apply_diff(fresh, fit.rest, hold.work, pass_fds=(hold.lock,))
+    found = {name: content.digest for name, content in read_contents(fresh, names - fit.made.keys()).items()}
+    found |= {name: Digest(base[name].mode, hash_bytes(data)) for name, data in fit.made.items()}
+    wrong = sorted(n for n in names if (found[n].sha256 if n in found else None) != fit.expected[n])
     if wrong:
         raise PatchError(f"not what the series promises, nothing was changed: {', '.join(map(show_name, wrong))}")
-    _keep_permissions(fresh, fit.stream)
-    copy_folder_modes(hold.tree, fresh)
+    _keep_permissions(fresh, fit.rest, kept)
+    made = sorted({str(above) for name in found for above in Path(name).parents[:-1]} - unpatched.folders.keys())
     record = dataclasses.replace(
         draft,
-        touched={name: Touched(base.get(name), results[name]) for name in sorted(names)},
-        made_dirs=tuple(name for name in walk(fresh)[0] if name not in folders),
-        listing=make_listing(fresh, names),
+        touched={name: Touched(base.get(name), found.get(name)) for name in sorted(names)},
+        kept=kept,
+        made_dirs=tuple(made),
+        lost_dirs=tuple(
+            sorted((name, mode) for name, mode in unpatched.folders.items() if not (fresh / name).is_dir())
+        ),
+        listing=unpatched.make_listing(names),
     )
     (fresh / STATE_DIR / ".gitignore").write_text("*\n")
     (fresh / STATE_DIR / DIFF_FILE).write_bytes(fit.stream)
@@ -135,31 +174,57 @@ def _render_hunk(hunk: Hunk) -> bytes:
     return b"\n".join([head, *hunk.lines])
 
 
-def _keep_base(fresh: Path, names: set[str]) -> dict[str, Digest]:
-    """Keep the files that are about to be changed, and Python's caches of them; returns what they are."""
+def _keep_base(fresh: Path, names: Set[str], moved: Set[str]) -> dict[str, str]:
+    """Keep the files that are about to be changed, and Python's caches of them; returns in which file each is kept.
+
+    moved: those that are moved there; the others stay in their place too, for git
+    """
     base = fresh / BASE_DIR
     base.mkdir(parents=True)
-    kept = {name: digest for name in sorted(names) if (digest := read_digest(fresh, name))}
-    caches = caches_of(fresh, kept.keys())
-    for name in sorted({str(above) for kin in (*kept, *caches) for above in Path(kin).parents} - {"."}):
-        (base / name).mkdir()
-    for name in kept:
-        link_file(f"{fresh}/{name}", f"{base}/{name}")
-    for name in caches:
-        (fresh / name).rename(base / name)
-    copy_folder_modes(fresh, base)
+    caches = caches_of(fresh, names)
+    kept = {name: str(number) for number, name in enumerate((*sorted(names), *caches))}
+    for name in names - moved:
+        link_file(f"{fresh}/{name}", f"{base}/{kept[name]}")
+    for name in (*moved, *caches):
+        os.rename(f"{fresh}/{name}", f"{base}/{kept[name]}")  # noqa: PTH104
     return kept
 
 
-def _keep_permissions(fresh: Path, stream: bytes) -> None:
+def _write_made(hold: Hold, fresh: Path, fit: Fit, kept: Mapping[str, str]) -> None:
+    """Write the files that need no git, with the permissions and owners of what they were.
+
+    They are made in one folder and moved: in many new folders a file system takes long to place new files.
+    """
+    place = hold.work / "made"
+    place.mkdir()
+    for name, data in fit.made.items():
+        was = os.lstat(f"{fresh}/{BASE_DIR}/{kept[name]}")
+        with open(f"{place}/{kept[name]}", "xb", buffering=0) as file:  # noqa: PTH123
+            file.write(data)
+            _match(file.fileno(), was)
+        os.rename(f"{place}/{kept[name]}", f"{fresh}/{name}")  # noqa: PTH104
+    place.rmdir()
+
+
+def _match(file: int, was: os.stat_result) -> None:
+    """Give a file owner and permissions of another, if they differ."""
+    now = os.fstat(file)
+    if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
+        os.chown(file, was.st_uid, was.st_gid)
+    if stat.S_IMODE(was.st_mode) != stat.S_IMODE(now.st_mode):
+        os.chmod(file, stat.S_IMODE(was.st_mode))
+
+
+def _keep_permissions(fresh: Path, stream: bytes, kept: Mapping[str, str]) -> None:
     """Give changed files the permissions and the owner that they had; git itself knows only "executable"."""
     for change in read_changes(stream):
-        old, new = fresh / BASE_DIR / (change.old or ""), fresh / (change.new or "")
-        if not (change.old and change.new and os.path.lexists(old) and os.path.lexists(new)):
+        old, new = f"{fresh}/{BASE_DIR}/{kept.get(change.old or '')}", f"{fresh}/{change.new}"
+        if change.old not in kept or change.new is None or not os.path.lexists(new):
             continue
-        was, now = old.lstat(), new.lstat()
-        if not old.is_symlink() and not new.is_symlink():
-            may_run = (was.st_mode & 0o444) >> 2 if now.st_mode & 0o100 else 0
-            new.chmod(was.st_mode & 0o7666 | may_run)
+        was, now = os.lstat(old), os.lstat(new)
+        may_run = (was.st_mode & 0o444) >> 2 if now.st_mode & 0o100 else 0
+        wanted = stat.S_IMODE(was.st_mode) & 0o7666 | may_run
+        if stat.S_ISREG(was.st_mode) and stat.S_ISREG(now.st_mode) and stat.S_IMODE(now.st_mode) != wanted:
+            os.chmod(new, wanted)  # noqa: PTH101
         if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
             os.chown(new, was.st_uid, was.st_gid, follow_symlinks=False)

@@ -15,7 +15,7 @@ from flagscale.patch.apply import Outcome, apply_series
 from flagscale.patch.index import Progress, ignore_progress
 from flagscale.patch.pins import Pin
 from flagscale.patch.series import COMMON, SERIES_FILE, Series, load_series
-from flagscale.patch.source import fetch_source, load_manifest, one_at_a_time
+from flagscale.patch.source import MANIFEST, fetch_source, load_manifest, one_at_a_time
 from flagscale.patch.state import read_state
 
 
@@ -27,6 +27,11 @@ def load_layers(hardware: Path, backend: str, chip: str) -> tuple[Series, ...]:
     """
     folders = (hardware / name / backend for name in (COMMON, chip))
     return tuple(load_series(folder) for folder in folders if (folder / SERIES_FILE).is_file())
+
+
+def list_chip_trees(source: Path) -> tuple[Path, ...]:
+    """The trees of chips that lie beside a fetched source."""
+    return tuple(sorted(path.parent for path in source.parent.glob(f"*/{MANIFEST}") if path.parent != source))
 
 
 def lay_tree(

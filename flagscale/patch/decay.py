@@ -114,9 +114,9 @@ def plot_decay(columns: Sequence[Sequence[Verdict]], title: str, path: Path) -> 
         floor = [low + height for low, height in zip(floor, heights, strict=True)]
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_ylabel("patches")
-    axes.set_title(title)
+    axes.set_title(title, fontsize="medium")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -186,7 +186,7 @@ def write_series(folder: Path, series: Series) -> None:
                 path.write_bytes(patch.header.render().encode() + patch.diff)
             (fresh / SERIES_FILE).write_text(render_series(series), encoding="utf-8")
             _remove_empty_folders(fresh)
-        remove_old(hold, listed.__contains__)
+        remove_old(hold, {}, listed.__contains__)
 
 
 def _remove_empty_folders(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flagscale.errors import PatchError
-from flagscale.patch.tree import STATE_DIR, Digest, list_files, read_digest
+from flagscale.patch.tree import STATE_DIR, Digest, list_files, read_contents
 from flagscale.patch.upstream import Upstream, find_upstream
 
 RECORD_VERSION = 1
@@ -57,7 +57,9 @@ class Record:
     pins: what the layers were made for: `vllm 0.9.1`
     patches: SHA-256 of the layers' names and diffs
     touched: by name
+    kept: of the touched files and of Python's caches of them: the file in `.flagscale-patch/base` that it is kept in
     made_dirs: folders that the series made, outermost first
+    lost_dirs: folders that were left empty and removed, outermost first, with their permissions
     listing: name -> size and mtime_ns of every other file
     stash: files outside the tree that keep local edits as patches
     """
@@ -66,7 +68,9 @@ class Record:
     pins: tuple[str, ...]
     patches: str
     touched: dict[str, Touched]
+    kept: dict[str, str] = dataclasses.field(default_factory=dict)
     made_dirs: tuple[str, ...] = ()
+    lost_dirs: tuple[tuple[str, int], ...] = ()
     listing: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     stash: tuple[str, ...] = ()
 
@@ -77,7 +81,15 @@ class Record:
 
 
 def dump_record(record: Record) -> str:
-    return json.dumps({"version": RECORD_VERSION, **dataclasses.asdict(record)}, sort_keys=True) + "\n"
+    row: dict[str, Any] = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    row["touched"] = {
+        name: [_dump_digest(ends.base), _dump_digest(ends.result)] for name, ends in record.touched.items()
+    }
+    return json.dumps({"version": RECORD_VERSION, **row}, sort_keys=True) + "\n"
+
+
+def _dump_digest(digest: Digest | None) -> list[object] | None:
+    return [digest.mode, digest.sha256] if digest else None
 
 
 def load_record(tree: Path) -> Record | None:
@@ -96,10 +108,12 @@ def load_record(tree: Path) -> Record | None:
             pins=tuple(row["pins"]),
             patches=row["patches"],
             touched={
-                name: Touched(*(Digest(**side) if side else None for side in (ends["base"], ends["result"])))
+                name: Touched(*(Digest(*side) if side else None for side in ends))
                 for name, ends in row["touched"].items()
             },
+            kept=row["kept"],
             made_dirs=tuple(row["made_dirs"]),
+            lost_dirs=tuple((name, mode) for name, mode in row["lost_dirs"]),
             listing={name: (size, mtime) for name, (size, mtime) in row["listing"].items()},
             stash=tuple(row["stash"]),
         )
@@ -119,8 +133,9 @@ def make_listing(tree: Path, touched: Iterable[str]) -> dict[str, tuple[int, int
 
 def find_edits(tree: Path, record: Record) -> tuple[str, ...]:
     """The touched files that are not as the series left them: `<path> (edited|missing|added)`."""
-    found = ((name, ends.result, read_digest(tree, name)) for name, ends in record.touched.items())
-    return tuple(f"{name} ({_word(made, now)})" for name, made, now in sorted(found) if made != now)
+    found = {name: content.digest for name, content in read_contents(tree, record.touched).items()}
+    differing = sorted(name for name, ends in record.touched.items() if found.get(name) != ends.result)
+    return tuple(f"{name} ({_word(record.touched[name].result, found.get(name))})" for name in differing)
 
 
 def _word(was: object, now: object) -> str:

@@ -9,24 +9,30 @@ The price: tree and work folder must lie on one Linux file system that can excha
 not NFS, and not a folder in a lower layer of an overlay), and a shell that stands in the tree has to enter it anew.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Set
+import stat
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from flagscale.errors import PatchError
 from flagscale.patch.state import load_record
-from flagscale.patch.tree import STATE_DIR, read_digest
+from flagscale.patch.tree import CACHE_DIR, STATE_DIR, Digest, read_digest
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 BUILDING = "building"
 BASE_DIR = f"{STATE_DIR}/base"
+
+Linked = dict[str, os.stat_result]
+"""Files of a tree that a new one has too, by the very inode, with what they were when that was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +71,17 @@ def hold_tree(tree: Path) -> Iterator[Hold]:
         os.close(lock)
 
 
-def walk(tree: Path) -> tuple[list[str], list[str]]:
-    """The folders (outermost first) and the files of a tree, all of them but those of `.flagscale-patch`."""
+def walk(tree: Path) -> tuple[list[str], dict[str, "os.DirEntry[str]"]]:
+    """The folders (outermost first) and the files of a tree, all of them but those of `.flagscale-patch`.
+
+    Here and below, paths are plain strings: it is all done for thousands of files.
+    """
     folders: list[str] = []
-    files: list[str] = []
+    files: dict[str, os.DirEntry[str]] = {}
     todo = [""]
     while todo:
         below = todo.pop()
-        with os.scandir(tree / below) as entries:
+        with os.scandir(f"{tree}/{below}") as entries:
             for entry in entries:
                 name = f"{below}{entry.name}"
                 if name == STATE_DIR:
@@ -81,7 +90,7 @@ def walk(tree: Path) -> tuple[list[str], list[str]]:
                     folders.append(name)
                     todo.append(name + "/")
                 else:
-                    files.append(name)
+                    files[name] = entry
     return folders, files
 
 
@@ -95,23 +104,31 @@ def link_file(src: str, dst: str) -> None:
         shutil.copy2(src, dst, follow_symlinks=False)
 
 
-def link_tree(src: Path, dst: Path, is_left: Callable[[str], bool]) -> None:
-    """Make `dst`, or fill it, with the folders of `src` and with links to its files but those that are left out."""
+def link_tree(src: Path, dst: Path, is_left: Callable[[str], bool]) -> tuple[list[str], Linked]:
+    """Make `dst`, or fill it, with the folders of `src` and with links to its files but those that are left out.
+
+    Returns the folders, outermost first, and the files that were linked.
+    """
+    linked: Linked = {}
     folders, files = walk(src)
     dst.mkdir(exist_ok=True)
     for name in folders:
         (dst / name).mkdir(exist_ok=True)
     start, end = f"{src}/", f"{dst}/"
-    for name in files:
+    for name, entry in files.items():
         if not is_left(name):
+            linked[name] = entry.stat(follow_symlinks=False)
             link_file(start + name, end + name)
+    return folders, linked
 
 
-def copy_folder_modes(src: Path, dst: Path) -> None:
-    """Give the folders of `dst` the modes of `src`; times stay, because Python's importer looks for news by them."""
-    for name in ["", *walk(src)[0]]:
-        if (dst / name).is_dir():
-            (dst / name).chmod((src / name).stat().st_mode & 0o7777)
+def copy_folder_modes(src: Path, dst: Path, folders: Iterable[str]) -> None:
+    """Give folders of `dst` the modes of `src`; times stay, because Python's importer looks for news by them."""
+    for name in ("", *folders):
+        wanted = stat.S_IMODE(os.stat(f"{src}/{name}").st_mode)  # noqa: PTH116
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if stat.S_IMODE(os.stat(f"{dst}/{name}/").st_mode) != wanted:  # noqa: PTH116
+                os.chmod(f"{dst}/{name}/", wanted)  # noqa: PTH101
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -154,30 +171,35 @@ def rebuild(hold: Hold) -> Iterator[Path]:
 
 def _remove_tree(folder: Path) -> None:
     """Remove a folder of ours, also where folders in it are write-protected."""
-    for name in ["", *walk(folder)[0]]:
-        if not os.access(folder / name, os.W_OK | os.X_OK):
-            (folder / name).chmod(0o700)
+    _open_folders(folder, walk(folder)[0])
     shutil.rmtree(folder)
 
 
-def remove_old(hold: Hold, made: Callable[[str], bool]) -> Path | None:
+def _open_folders(top: Path, folders: Iterable[str]) -> None:
+    for name in ("", *folders):
+        if not os.access(f"{top}/{name}", os.W_OK | os.X_OK):
+            (top / name).chmod(0o700)
+
+
+def remove_old(hold: Hold, linked: Linked, made: Callable[[str], bool]) -> Path | None:
     """Remove the tree whose place was taken; what is in no other place is kept, and the path to it returned.
 
     A file goes if the new tree has it too (the very inode, or a copy), or if `made(name)` says that it is of our
     making. Any other was written into the old tree while the new one was built.
+
+    linked: what is known to be in the new tree; other files are looked up there
     """
     old = hold.work / "tree"
     folders, files = walk(old)
-    places = (hold.tree, hold.tree / BASE_DIR)
-    for name in ["", *folders]:
-        if not os.access(old / name, os.W_OK | os.X_OK):
-            (old / name).chmod(0o700)
-    for name in files:
-        if any(_is_same(old, place, name) for place in places) or made(name):
-            os.unlink(f"{old}/{name}")  # noqa: PTH108 (thousands of files)
+    is_kept = _make_is_kept(hold.tree / BASE_DIR)
+    _open_folders(old, folders)
+    for name, entry in files.items():
+        is_linked = name in linked and entry.inode() == linked[name].st_ino
+        if is_linked or _is_same(old, hold.tree, name) or is_kept(old, name) or made(name):
+            os.unlink(f"{old}/{name}")  # noqa: PTH108
     for name in reversed(folders):
-        if not any((old / name).iterdir()):
-            (old / name).rmdir()
+        with contextlib.suppress(OSError):  # what is kept is in it
+            os.rmdir(f"{old}/{name}")  # noqa: PTH106
     if (old / STATE_DIR).exists():
         _remove_tree(old / STATE_DIR)
     kept = None
@@ -193,12 +215,28 @@ def remove_old(hold: Hold, made: Callable[[str], bool]) -> Path | None:
 
 def _is_same(old: Path, place: Path, name: str) -> bool:
     try:
-        found, there = (old / name).lstat(), (place / name).lstat()
+        found, there = os.lstat(f"{old}/{name}"), os.lstat(f"{place}/{name}")
     except (FileNotFoundError, NotADirectoryError):
         return False
     if (found.st_dev, found.st_ino) == (there.st_dev, there.st_ino):
         return True
     return found.st_size == there.st_size and read_digest(old, name) == read_digest(place, name) is not None
+
+
+def _make_is_kept(base: Path) -> Callable[[Path, str], bool]:
+    """Whether a file is among those that the new tree keeps: the very inode, or a copy."""
+    kept = list(base.iterdir()) if base.is_dir() else []
+    inodes = {(found.st_dev, found.st_ino) for found in map(os.lstat, kept)}
+
+    @functools.cache
+    def digests() -> set[Digest | None]:
+        return {read_digest(base, path.name) for path in kept}
+
+    def is_kept(old: Path, name: str) -> bool:
+        found = os.lstat(f"{old}/{name}")
+        return (found.st_dev, found.st_ino) in inodes or (bool(kept) and read_digest(old, name) in digests() - {None})
+
+    return is_kept
 
 
 def remove_leftovers(hold: Hold) -> None:
@@ -208,7 +246,7 @@ def remove_leftovers(hold: Hold) -> None:
     if not (hold.work / "tree").exists() or (hold.work / BUILDING).exists():
         _remove_tree(hold.work)
         return
-    remove_old(hold, made_by_record(hold.work / "tree"))
+    remove_old(hold, {}, made_by_record(hold.work / "tree"))
 
 
 def made_by_record(old: Path) -> Callable[[str], bool]:
@@ -226,16 +264,16 @@ def made_by_record(old: Path) -> Callable[[str], bool]:
 
 def cached_source(name: str) -> str | None:
     """`a/b.py` for `a/__pycache__/b.cpython-311.pyc`, what Python keeps of it; None for any other file."""
-    folder, slash, cache = name.rpartition("__pycache__/")
+    folder, slash, cache = name.rpartition(f"{CACHE_DIR}/")
     return f"{folder}{cache.partition('.')[0]}.py" if slash and cache.endswith(".pyc") else None
 
 
-def caches_of(folder: Path, names: Set[str]) -> list[str]:
-    """The caches that lie in `folder` for the Python files of these names."""
+def caches_of(tree: Path, names: Set[str]) -> list[str]:
+    """The caches that lie in the tree for the Python files of these names."""
+    folders = {name.rpartition("/")[0] for name in names if name.endswith(".py")}
     found = []
-    for name in sorted(names):
-        if name.endswith(".py"):
-            above, _, stem = name.removesuffix(".py").rpartition("/")
-            caches = (folder / above / "__pycache__").glob(f"{stem}.*.pyc") if stem.isidentifier() else ()
-            found += [str(path.relative_to(folder)) for path in caches]
-    return found
+    for folder in sorted(folders):
+        below = f"{folder}/{CACHE_DIR}" if folder else CACHE_DIR
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found += [f"{below}/{cache}" for cache in sorted(os.listdir(f"{tree}/{below}"))]  # noqa: PTH208
+    return [name for name in found if cached_source(name) in names]

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,16 +57,42 @@ def git_mode(mode: int) -> int | None:
 
 def read_content(tree: Path, name: str) -> Content | None:
     """The file of a tree; None where there is no file or symlink of that name, or only beyond a symlink."""
-    path = tree / name
-    try:
-        mode = git_mode(path.lstat().st_mode)
-        if mode is None or any((tree / above).is_symlink() for above in Path(name).parents[:-1]):
-            return None
-        return Content(mode, os.fsencode(path.readlink()) if mode == SYMLINK else path.read_bytes())
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            return None
-        raise
+    return read_contents(tree, [name]).get(name)
+
+
+def read_contents(tree: Path, names: Iterable[str]) -> dict[str, Content]:
+    """Those of the files that are there: see `read_content`. Strings and bare calls, for there may be thousands."""
+    found: dict[str, Content] = {}
+    folders: set[str] = set()
+    for name in names:
+        try:
+            if not _is_beyond_link(tree, name, folders) and (content := _read(f"{tree}/{name}")):
+                found[name] = content
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                raise
+    return found
+
+
+def _read(path: str) -> Content | None:
+    mode = git_mode(os.lstat(path).st_mode)
+    if mode is None:
+        return None
+    if mode == SYMLINK:
+        return Content(mode, os.fsencode(os.readlink(path)))  # noqa: PTH115
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        return Content(mode, file.readall())
+
+
+def _is_beyond_link(tree: Path, name: str, folders: set[str]) -> bool:
+    """Whether a folder above the file is a symlink; `folders` are known to be none, and grow."""
+    above = name.rpartition("/")[0]
+    while above and above not in folders:
+        if stat.S_ISLNK(os.lstat(f"{tree}/{above}").st_mode):
+            return True
+        folders.add(above)
+        above = above.rpartition("/")[0]
+    return False
 
 
 def read_digest(tree: Path, name: str) -> Digest | None:

@@ -52,7 +52,7 @@ def _raise(faults: list[str]) -> None:
 def _find_all_model_faults(service: ServicePlan) -> Iterator[str]:
     for model in service.models:
         for host in model.seats[0].job.hosts:
-            if host.host.is_local:
+            if host.host.is_local and model.seats[0].job.docker is None:
                 yield from _find_host_faults(model, host)
         yield from _find_chip_faults(model)
 

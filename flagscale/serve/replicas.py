@@ -77,7 +77,7 @@ def url_of(run: RunRef, job: JobPlan) -> str:
 
 def read_output(record: HostRecord) -> str:
     """The last part of what this run wrote on a host."""
-    return read_tail(record.output, record.output_start, record.output_end, TAIL_BYTES)
+    return read_tail(*record.find_last_part(record.spec.output), TAIL_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

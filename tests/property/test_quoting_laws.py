@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from factories import changed, host_plan, job_plan, plan, process, train_tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flagscale.runner.launch.folder import Remote
 from flagscale.runner.plan.job import HostPlan
 from flagscale.runner.plan.site import Site
 from flagscale.runner.render.argv import render_argv
@@ -112,3 +115,27 @@ def test_a_whole_configuration_arrives(
     assert Path(job.log_dir, "details").is_dir()
     wanted = [data_path, f"--tokenizer-model={data_path}"]
     assert [word for word in seen["argv"] if word in wanted]
+
+
+CONTAINER = Remote("host_0_a", "a", None, None, "python3", container="box")
+ENTER = """#!/bin/bash
+[ "$1 $2 $3" = "exec -i box" ] || exit 9
+exec "${@:4}"
+"""
+
+
+@quick
+@given(words=st.lists(text, max_size=4))
+def test_words_enter_a_container_as_they_are(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As a login shell of the host gets them: quoted once, whatever stands before them."""
+    folder = tmp_path_factory.getbasetemp() / "docker"
+    folder.mkdir(exist_ok=True)
+    program = folder / "docker"
+    program.write_text(ENTER)
+    program.chmod(0o755)
+    shown = [sys.executable, "-I", "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
+    line = shlex.join(CONTAINER.enter([*shown, *words]))
+    env = {"PATH": f"{folder}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == words
+    assert replace(CONTAINER, container=None).enter(words) == words

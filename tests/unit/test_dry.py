@@ -16,7 +16,8 @@ def test_every_task_type_has_a_dry_run(kind: str) -> None:
     job = plan(TREES[kind]())
     text, described = render_dry_run(job), describe_plan(job)
     assert text.startswith(f"# demo: {kind} with {job.backend} on 1 host(s)")
-    for process_ in described["hosts"][0]["processes"]:
+    shown = described["replicas"][0] if kind == "serve" else described  # a service's engines are its replicas'
+    for process_ in shown["hosts"][0]["processes"]:
         assert process_["environment"]["GREETING"] == "hello"
         assert process_["script"].rstrip("\n") in text
         assert process_["argv"][0] in text

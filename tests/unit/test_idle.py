@@ -12,7 +12,6 @@ from flagscale.runner.config.idle import OF_DEPLOY, OF_RUNNER
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("runner__docker", "some_container"),
         ("runner__enable_monitoring", True),
         ("runner__hang_detection_timeout", 60),
         ("runner__deploy", {"use_fs_serve": True}),

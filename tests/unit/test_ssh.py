@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import SITE, hosts
 from test_peers import make_spec
+from test_plan_train import plan_on
 from test_state import ENDED, RUN_ID, UP, VALUES, agent_started, folder, write_all
 
-from flagscale.errors import LaunchError, UserError
+from flagscale.errors import ConfigError, LaunchError, RunError, UserError
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import errands, procs, reach
 from flagscale.runner.launch.archive import ERRANDS, build_archive
+from flagscale.runner.launch.connection import LinkError, open_connection
 from flagscale.runner.launch.folder import Remote, RunRef, find_neighbour, list_remotes, load_ref, ref_of
 from flagscale.runner.launch.record import Answer, HostRecord, order_by_cause
 from flagscale.runner.launch.ssh import Ready, check_hosts, describe_faults
 from flagscale.runner.launch.startup import check_alive
 from flagscale.runner.monitor.state import query_run
+from flagscale.runner.monitor.stop import check_owners
 from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec, decode_plan, encode_plan
 
 paramiko = pytest.importorskip("paramiko")
@@ -135,7 +139,8 @@ def send_errand(**request: Any) -> dict[str, Any]:
     """As a host runs it: the archive and one line on standard input, nothing of this package on the path."""
     archive = build_archive(ERRANDS)
     text = f"{len(archive)}\n".encode() + archive + json.dumps(request).encode() + b"\n"
-    done = subprocess.run([sys.executable, "-I", "-c", errands.BOOT.format(module="errands")], input=text, capture_output=True, cwd="/")
+    boot = errands.BOOT.format(module="errands")
+    done = subprocess.run([sys.executable, "-I", "-c", boot], input=text, capture_output=True, cwd="/")
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
@@ -220,11 +225,11 @@ def test_the_port_is_the_head_host_s_and_faults_have_their_class(tmp_path: Path)
     plan = make_plan(tmp_path, *TWO)
     (tmp_path / "exp").mkdir()
     good = {
-        "a": reach.Reply({"faults": [], "port": 4321, "is_shared": True}),
-        "b": reach.Reply({"faults": [], "port": None, "is_shared": True}),
+        "a": reach.Reply({"faults": [], "port": 4321, "is_shared": True, "notes": []}),
+        "b": reach.Reply({"faults": [], "port": None, "is_shared": True, "notes": []}),
     }
     assert check_hosts(plan, FakeLinks(plan, **good), {}) == Ready(4321, frozenset())  # type: ignore[arg-type]
-    user = reach.Reply({"faults": [["user", "no entry point"]], "port": None, "is_shared": True})
+    user = reach.Reply({"faults": [["user", "no entry point"]], "port": None, "is_shared": True, "notes": []})
     with pytest.raises(UserError, match="1 of 2 hosts cannot take part"):
         check_hosts(plan, FakeLinks(plan, **{**good, "b": user}), {})  # type: ignore[arg-type]
     silent = reach.Reply({}, "cannot be reached")
@@ -357,3 +362,84 @@ def test_a_launcher_notices_a_host_that_is_cut_off_for_long(tmp_path: Path) -> N
     assert look.find_cut_off() is None
     look.silent_since = {"host_1_b": reach.time.monotonic() - reach.CUT_OFF_AFTER_S - 1}
     assert look.find_cut_off() == "host_1_b cannot be reached: no route"
+
+
+# --- interpreters, containers, owners --------------------------------------------------------------------------------
+
+
+def test_each_host_has_the_interpreter_that_is_named_for_it(tmp_path: Path) -> None:
+    named = {"node0": "/opt/py/bin/python3"}
+    job = plan_on(tmp_path, hosts(2, 2), experiment__runner__python=named)
+    assert [remote.python for remote in list_remotes(job)] == ["/opt/py/bin/python3", sys.executable]
+    assert [host.processes[0].bin_dirs for host in job.hosts] == [("/opt/py/bin",), (SITE.bin_dir,)]
+    with pytest.raises(ConfigError, match=r"experiment\.runner\.python\.nod: is no host of this job; did you mean"):
+        plan_on(tmp_path, hosts(2, 2), experiment__runner__python={"nod": "python3"})
+
+
+def test_a_container_is_entered_on_every_host_and_has_its_own_path(tmp_path: Path) -> None:
+    listed = (Host("localhost", 2), Host("h2", 2))
+    runner = {"docker": "box", "hostfile": "hostfile.txt", "master_addr": "me", "ssh_client": "openssh"}
+    job = plan_on(tmp_path, listed, experiment__runner=runner)
+    rows = list_remotes(job)
+    assert [(remote.client, remote.container, remote.python) for remote in rows] == [
+        ("local", "box", "python3"),
+        ("openssh", "box", "python3"),
+    ]
+    assert [host.processes[0].bin_dirs for host in job.hosts] == [(), ()]
+    assert rows[1].enter(["a b"]) == ["docker", "exec", "-i", "box", "a b"]
+    for bad in ("-v", "a b", "$(x)"):
+        with pytest.raises(ConfigError, match=r"experiment\.runner\.docker"):
+            plan_on(tmp_path, listed, experiment__runner={**runner, "docker": bad})
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("Error response from daemon: No such container: box", "has no running container `box`"),
+        ("bash: line 1: docker: command not found", "cannot run `docker`: bash"),
+        ("OCI runtime exec failed: exec: python3: not found: docker", "has no python3 in its container `box`"),
+    ],
+)
+def test_why_a_container_cannot_be_entered(told: str, expected: str) -> None:
+    assert reach._explain_missing(Remote("l", "a", None, None, "python3", container="box"), told).startswith(expected)
+    assert "has no interpreter python3" in reach._explain_missing(Remote("l", "a", None, None, "python3"), told)
+
+
+def test_a_command_of_this_machine_is_a_connection_too() -> None:
+    link = open_connection(Remote("l", "localhost", None, None, "p", client="local"), False, 1.0)
+    assert link.run(["sh", "-c", "cat; echo x >&2; exit 3"], b"in", 10) == (3, b"in", b"x\n")
+    assert link.run(["nosuchprogram"], b"", 10)[0] == 127
+    with pytest.raises(LinkError, match="no answer within"):
+        link.run(["sleep", "100"], b"", 0.1)
+    link.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user needs root")
+def test_a_run_of_another_user_is_named() -> None:
+    with subprocess.Popen(["sleep", "600"]) as child:
+        proc = procs.find_proc(child.pid)
+        assert proc
+        who = {"machine": procs.name_machine(), "pids": [[proc.pid, proc.start_time]]}
+        assert errands.owner(who) == {"owner": None}
+        os.seteuid(65534)
+        try:
+            assert errands.owner(who) == {"owner": "root"}
+            assert errands.owner({**who, "machine": "elsewhere"}) == {"owner": None}
+            assert errands.owner({**who, "pids": [[proc.pid, proc.start_time + 1]]}) == {"owner": None}
+        finally:
+            os.seteuid(0)
+            child.kill()
+
+
+def test_a_stop_names_the_owner_on_another_machine(tmp_path: Path) -> None:
+    run = write_run(make_plan(tmp_path, *TWO), {})
+    records = reach.load_records(run)
+
+    class Answers(FakeLinks):
+        def call(self, errand: str, requests: dict[str, Any], _limit_s: float = 1.0) -> dict[str, reach.Reply]:
+            assert errand == "owner"
+            return super().call(errand, requests, _limit_s)
+
+    links: Any = Answers(make_plan(tmp_path, *TWO), a=reach.Reply({"owner": None}), b=reach.Reply({"owner": "eve"}))
+    with pytest.raises(RunError, match=r"belongs to eve on host_1_b, who alone may stop it"):
+        check_owners(run, links, list(records))

@@ -27,6 +27,7 @@ DEFAULT_BACKENDS: dict[TaskType, str] = {
 }
 
 
+_CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OF_BASH = frozenset(
     {
@@ -53,6 +54,12 @@ def _check_program(word: str) -> str:
     if not word.strip() or word.startswith("-"):
         raise ValueError("the name or the path of a program")
     return word
+
+
+def _check_container(name: str) -> str:
+    if not _CONTAINER.fullmatch(name):
+        raise ValueError("the name of a container: letters, digits, _, . and -, a letter or digit first")
+    return name
 
 
 def _read_json(value: Any) -> Any:
@@ -85,6 +92,7 @@ def _check_router(values: dict[str, Any]) -> dict[str, Any]:
 
 
 VariableName = Annotated[str, AfterValidator(_check_variable)]
+Program = Annotated[str, AfterValidator(_check_program)]
 Environment = dict[VariableName, str]
 
 
@@ -196,7 +204,10 @@ class Runner(Torchrun):
     """each host has an experiment folder of its own: scripts go out to it, logs are fetched from it"""
     enable_monitoring: bool = False
     hang_detection_timeout: Seconds = Field(default=1800, gt=0)
-    docker: str | None = None
+    docker: Annotated[str, AfterValidator(_check_container)] | None = None
+    """name of a container on every host: there the job runs, and what starts and watches it"""
+    python: Program | dict[str, Program] | None = None
+    """the interpreter of hosts where it is not the launcher's own, for all or by host name"""
     device_type: str | None = None
     """the chip of hosts whose hostfile line names none: a record of `flagscale.chips`, or `gpu`, `cpu`"""
     ray_port: int = Field(default=6379, ge=1, le=65535)

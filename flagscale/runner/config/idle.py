@@ -4,7 +4,6 @@ from flagscale.errors import Fault
 from flagscale.runner.config.experiment import Experiment
 
 OF_RUNNER = {
-    "docker": "processes start on the host itself, not in a container",
     "enable_monitoring": "every run is watched by its agent",
     "hang_detection_timeout": "a run that hangs is not ended; `flagscale status` shows when it last moved",
     "runtime_env": "the job's environment is that of `experiment.envs`",

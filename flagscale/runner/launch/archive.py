@@ -18,22 +18,21 @@ AGENT = tuple(
     for name in ("agent", "journal", "network", "notice", "peers", "place", "procs", "stacks", "watch", "wire")
 )
 KEEPER = tuple(f"runner/launch/{name}.py" for name in ("keeper", "journal", "network", "place", "ports", "procs"))
+_OF_LAUNCH = ("capacity", "checks", "errands", "files", "journal", "notice", "ports", "procs", "sources")
 ERRANDS = (
     "errors.py",
+    *(f"chips/{name}.py" for name in ("__init__", "ids", "parsers", "probe", "records")),
     *(f"patch/{name}.py" for name in ("state", "tree", "upstream")),
     "runner/config/hostfile.py",
     "runner/plan/job.py",
-    *(
-        f"runner/launch/{name}.py"
-        for name in ("checks", "errands", "files", "journal", "notice", "ports", "procs", "sources")
-    ),
+    *(f"runner/launch/{name}.py" for name in _OF_LAUNCH),
 )
 SURVEY = (
     *ERRANDS,
-    *(f"chips/{name}.py" for name in ("ids", "parsers", "probe", "records")),
     *(f"runner/launch/{name}.py" for name in ("network", "survey")),
 )
 """what `flagscale check` sends along"""
+RAY_ERRANDS = (*ERRANDS, *(f"runner/launch/{name}.py" for name in ("ray_errands", "ray_place")))
 _ROOT = Path(__file__).resolve().parents[2]
 _MAINS = {AGENT: "agent", KEEPER: "keeper"}
 _MAIN = "import sys\n\nfrom flagscale.runner.launch.{} import main\n\nsys.exit(main(sys.argv))\n"

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flagscale.errors import LaunchError, UserError, find_nearest
+from flagscale.runner.launch.capacity import find_disk_faults, weigh_chips
 from flagscale.runner.launch.ports import find_free_port, find_port_owner, is_port_free
 from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec
 
@@ -114,6 +115,23 @@ def check_outputs(plan: JobPlan) -> None:
         path = Path(plan.log_dir, f"{host.label}.output")
         if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
             raise UserError(f"cannot write {path}; expected a file that you may append to, or none")
+
+
+def check_capacity(plan: JobPlan) -> None:
+    """Of a plan whose hosts are this machine; what cannot be seen is said on standard error.
+
+    Raises:
+        UserError: there are more ranks than chips.
+        LaunchError: the disk is full.
+    """
+    if faults := list(find_disk_faults(plan)):
+        raise LaunchError("\n".join(faults))
+    for host in plan.hosts:
+        fault, note = weigh_chips(host)
+        if fault:
+            raise UserError(f"{host.host.name}: {fault}")
+        if note:
+            print(f"note: {host.host.name}: {note}", file=sys.stderr)
 
 
 def choose_port(plan: JobPlan) -> int:

@@ -4,6 +4,7 @@ Two clients: Paramiko (`link.py`), and the machine's own `ssh` (`openssh.py`) fo
 jump hosts and agents. Both check host keys, and neither ever asks the terminal for anything.
 """
 
+import subprocess
 from typing import Protocol
 
 from flagscale.runner.launch.folder import Remote
@@ -26,11 +27,28 @@ class Connection(Protocol):
     def close(self) -> None: ...
 
 
+class HereConnection:
+    """Commands of this machine itself, which enter one of its containers."""
+
+    def run(self, words: list[str], text: bytes, limit_s: float) -> tuple[int, bytes, bytes]:
+        try:
+            done = subprocess.run(words, input=text, capture_output=True, timeout=limit_s, start_new_session=True)
+        except FileNotFoundError:
+            return 127, b"", f"{words[0]}: command not found".encode()
+        except subprocess.TimeoutExpired:
+            raise LinkError(describe_break(f"no answer within {limit_s:g} s", "this machine")) from None
+        return done.returncode, done.stdout, done.stderr
+
+    def close(self) -> None: ...
+
+
 def open_connection(remote: Remote, accept_new: bool, timeout_s: float) -> Connection:
     """
     Raises:
         LinkError: the host cannot be reached.
     """
+    if remote.client == "local":
+        return HereConnection()
     if remote.client == "openssh":
         from flagscale.runner.launch.openssh import OpenSSH
 

@@ -4,9 +4,10 @@ The launcher sends an archive of the few files that are needed and one line of J
 its standard input, keeps the archive in memory, and prints one line of JSON. Nothing is installed, nothing stays but
 what `place` was given, and the host's answers come from the same code that checks this machine.
 
-    check    plan nonce_path nonce is_head known_run patches -> faults [[kind, text]..], port, is_shared
+    check    plan nonce_path nonce is_head known_run patches -> faults [[kind, text]..], notes, port, is_shared
     ask      machine pids token                      -> is_watched, num_left
     end      machine pids signum notice              -> {}
+    owner    machine pids                            -> owner, who alone may end the run's processes, or null
     clean    token grace_s                           -> num_left, how many processes without a watcher were ended
 
 and of a host that has an experiment folder of its own:
@@ -32,17 +33,18 @@ from typing import Any
 
 from flagscale.errors import FlagScaleError, UserError
 from flagscale.runner.launch import procs
+from flagscale.runner.launch.capacity import find_disk_faults, nearest_folder, weigh_chips
 from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port
 from flagscale.runner.launch.files import NewFile, Written, write_all
 from flagscale.runner.launch.journal import find_rank_files, load_events, load_spec, read_tail
 from flagscale.runner.launch.notice import Notice, write_notice
-from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.plan.job import JobPlan, decode_plan
 
 TAIL_BYTES = 1 << 14
 CHUNK_BYTES = 1 << 22
 BOOT = (
-    "import os,sys;i=sys.stdin.buffer;n=int(i.readline());f=os.memfd_create('flagscale');os.write(f,i.read(n));"
+    "import os,sys;sys.version_info<(3,11)and sys.exit('Python '+sys.version.split()[0]+' is too old, 3.11 is needed');"
+    "i=sys.stdin.buffer;n=int(i.readline());f=os.memfd_create('flagscale');os.write(f,i.read(n));"
     "sys.path.insert(0,'/proc/self/fd/%d'%f);from flagscale.runner.launch.{module} import main;main()"
 )
 """One line, for the module of the errand, without what any login shell would change between single quotes."""
@@ -69,10 +71,6 @@ def _find_unwritable(folders: tuple[Path, ...]) -> str | None:
     return None
 
 
-def nearest_folder(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
 def _find_living(plan: JobPlan, known_run: str | None) -> str | None:
     """The run of another launching machine that lives in this host's own experiment folder."""
     runs = Path(plan.exp_dir, "runs")
@@ -88,6 +86,13 @@ def _find_living(plan: JobPlan, known_run: str | None) -> str | None:
     return None
 
 
+def _check_patches(request: dict[str, Any], plan: JobPlan) -> None:
+    if request["patches"]:
+        from flagscale.runner.launch.sources import check_trees
+
+        check_trees(plan, request["patches"])
+
+
 def _find_faults(request: dict[str, Any], plan: JobPlan, unshared: str | None) -> Iterator[tuple[str, str]]:
     folders = (Path(plan.exp_dir), Path(plan.log_dir))
     if unshared and not plan.no_shared_fs:
@@ -97,9 +102,10 @@ def _find_faults(request: dict[str, Any], plan: JobPlan, unshared: str | None) -
         yield "user", unwritable
     if unshared and plan.no_shared_fs and (living := _find_living(plan, request["known_run"])):
         yield "launch", living
+    yield from (("launch", text) for text in find_disk_faults(plan))
     for look in (
         partial(check_programs, plan, os.environ),
-        partial(check_trees, plan, request["patches"]),
+        partial(_check_patches, request, plan),
         partial(check_outputs, plan),
     ):
         try:
@@ -127,6 +133,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     plan = decode_plan(request["plan"])
     unshared = _find_unshared(request, plan)
     faults = list(_find_faults(request, plan, unshared))
+    fault, note = weigh_chips(plan.hosts[0])
+    faults += [("user", fault)] if fault else []
     port: int | None = None
     if not request["is_head"] and (unmet := _find_unmet(plan)):
         faults.append(("user", unmet))
@@ -135,7 +143,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
             port = choose_port(plan)
         except FlagScaleError as error:
             faults.append(("launch", str(error)))
-    return {"faults": faults, "port": port, "is_shared": not unshared}
+    return {"faults": faults, "notes": [note] if note else [], "port": port, "is_shared": not unshared}
 
 
 def _list_watchers(events: tuple[dict[str, Any], ...]) -> list[tuple[int, int]]:
@@ -162,6 +170,15 @@ def end(request: dict[str, Any]) -> dict[str, Any]:
         for pid, start_time in request["pids"]:
             procs.send_signal(procs.Proc(pid, 0, start_time, False), request["signum"])
     return {}
+
+
+def owner(request: dict[str, Any]) -> dict[str, Any]:
+    if request["machine"] == procs.name_machine():
+        for pid, start_time in request["pids"]:
+            uid = Path(f"/proc/{pid}").stat().st_uid if procs.is_same_alive(pid, start_time) else os.geteuid()
+            if os.geteuid() not in (0, uid):
+                return {"owner": procs.name_user(uid)}
+    return {"owner": None}
 
 
 def clean(request: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +248,9 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
     return {"paths": list(map(str, find_rank_files(Path(request["details"]), request["local_rank"])))}
 
 
-ERRANDS = {function.__name__: function for function in (check, ask, end, clean, place, unplace, report, read, ranks)}
+ERRANDS = {
+    function.__name__: function for function in (check, ask, end, owner, clean, place, unplace, report, read, ranks)
+}
 
 
 def answer_errand(errands: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:

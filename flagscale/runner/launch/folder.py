@@ -43,6 +43,8 @@ class Remote:
     """How a host of a run is reached. user, port: None leaves it to the user's ssh configuration.
 
     is_shared: the host sees the run's folder of the launching machine; if not, it has one of its own
+    client: what connects; `local` for a container on the launching machine
+    container: everything there happens in this one
     """
 
     label: str
@@ -51,25 +53,36 @@ class Remote:
     port: int | None
     python: str
     is_shared: bool = True
-    client: Literal["paramiko", "openssh"] = "paramiko"
+    client: Literal["paramiko", "openssh", "local"] = "paramiko"
+    container: str | None = None
+
+    def enter(self, words: list[str]) -> list[str]:
+        """A command as it is run on the host, so that it happens where the job is."""
+        return ["docker", "exec", "-i", self.container, *words] if self.container else words
 
     def __str__(self) -> str:
         return f"{self.user}@{self.name}" if self.user else self.name
 
 
 def list_remotes(plan: JobPlan) -> tuple[Remote, ...]:
-    """The hosts of a plan that are other machines, each with this interpreter's path, which is expected there too."""
+    """The hosts of a plan that are other machines or containers, and the interpreter of each.
+
+    Where none is named it is this interpreter's path, which is expected there too, and in a container `python3`.
+    """
     named = None if plan.ssh_port == SSH_PORT else plan.ssh_port
-    hosts = (host for host in plan.hosts if not (host.host.is_local or host.host.is_placeholder))
+    default = "python3" if plan.docker else sys.executable
+    others = (host for host in plan.hosts if plan.docker or not host.host.is_local)
+    hosts = (host for host in others if not host.host.is_placeholder)
     return tuple(
         Remote(
             host.label,
             host.host.name,
             host.host.user,
             host.host.port or named,
-            sys.executable,
+            host.python or default,
             not plan.no_shared_fs,
-            plan.ssh_client,
+            "local" if host.host.is_local else plan.ssh_client,
+            plan.docker,
         )
         for host in hosts
     )
@@ -186,13 +199,14 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         cwd=host.processes[0].cwd if host.processes else "/",
         after_stop=host.after_stop,
         grace_s=grace_s,
-        ending=str(folder / NOTICE) if neighbour or plan.launcher != "direct" else "",
+        ending=str(folder / NOTICE),
         neighbour=neighbour,
         keeper=str(folder / f"{label}.keeper") if plan.launcher != "direct" else "",
         peer=host.peer,
         interface_vars=host.interface_vars,
         meet_host=plan.master_addr if is_wired else "",
         meet_port=port if is_wired else 0,
+        meet_key=token if is_wired else "",
         leads=is_wired and host is plan.hosts[0],
     )
 
@@ -380,3 +394,8 @@ def find_current(exp_dir: Path) -> RunRef | None:
         return load_ref(exp_dir, run_id) if is_run_id(run_id) else None
     except RunError:
         return None
+
+
+def find_cluster(run: RunRef) -> RunRef | None:
+    """The Ray cluster that was started for a run, itself a run (`ray_cluster.py`); None where there is none."""
+    return find_current(run.folder / "ray") if run.launcher == "ray" else None

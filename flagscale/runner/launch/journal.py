@@ -66,9 +66,9 @@ class Spec:
     heartbeat_s: float = 5.0
     grace_s: float = 30.0
     ending: str = ""
-    """the file by which the agents of a run end each other (`peers.py`); empty where a host is alone"""
+    """the file that ends the run (`peers.py`)"""
     neighbour: str = ""
-    """the label of the host whose heartbeat this agent watches"""
+    """the label of the host whose heartbeat this agent watches; empty where a host does not need the others"""
     keeper: str = ""
     """where the process that keeps this host's place with a scheduler has written who it is (`keeper.py`)"""
     peer: str = ""
@@ -77,6 +77,8 @@ class Spec:
     meet_host: str = ""
     meet_port: int = 0
     """where the agents of hosts without a shared folder speak to each other (`wire.py`); 0 where they do not"""
+    meet_key: str = ""
+    """what they sign with: of the run, where `token` is of this host alone"""
     leads: bool = False
     """this agent is the one that listens there"""
 

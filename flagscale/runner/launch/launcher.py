@@ -1,4 +1,7 @@
-"""Choosing how a plan is started: by a scheduler, on this machine, or over SSH if one of its hosts is another one."""
+"""Choosing how a plan is started: by a scheduler, on this machine, or over SSH if one of its hosts is another one.
+
+A container on this machine is another host too: all that there is to do goes through a command that enters it.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +26,11 @@ def submit_job(
         from flagscale.runner.launch import slurm
 
         return slurm.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
-    if all(host.host.is_local for host in plan.hosts):
+    if plan.launcher == "ray":
+        from flagscale.runner.launch import ray
+
+        return ray.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
+    if all(host.host.is_local for host in plan.hosts) and plan.docker is None:
         return local.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
     from flagscale.runner.launch import ssh
 

@@ -31,7 +31,7 @@ def _modified(path: Path) -> int | None:
 
 
 class Peers:
-    """One agent's view of the others. Where the spec names none it sees nothing and writes nothing."""
+    """One agent's view of the others. Where the spec names no neighbour it ends no others, and misses none."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -42,7 +42,7 @@ class Peers:
         self.seen: dict[str, tuple[int | None, float]] = {}
 
     def tell(self, reason: str | None) -> None:
-        if self.path is not None:
+        if self.path is not None and self.spec.neighbour:
             self._keep(self.path, Notice(self.spec.label, reason or "no reason was given"))
 
     def _keep(self, path: Path, notice: Notice) -> Notice:

@@ -14,6 +14,7 @@ import base64
 import json
 import secrets as random_words
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.errors import FlagScaleError, LaunchError, UserError
-from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port, gather_secrets
+from flagscale.runner.launch.checks import check_capacity, check_outputs, check_programs, choose_port, gather_secrets
 from flagscale.runner.launch.ending import catch_interrupts
 from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
@@ -137,6 +138,8 @@ def check_hosts(plan: JobPlan, links: Links, env: Mapping[str, str]) -> Ready:
             faults.append(("launch", (name, reply.fault)))
             continue
         faults += [(kind, (name, text)) for kind, text in reply.answer["faults"]]
+        for note in reply.answer["notes"]:
+            print(f"note: {name}: {note}", file=sys.stderr)
         port = reply.answer["port"] or port
         if not reply.answer["is_shared"]:
             away.add(host.label)
@@ -186,6 +189,7 @@ def _check_here(
         check_programs(alone, env)
         check_trees(alone, patches)
         check_outputs(alone)
+        check_capacity(alone)
     except FlagScaleError as error:
         yield ("user" if isinstance(error, UserError) else "launch"), str(error)
 

@@ -126,7 +126,7 @@ def check_alive(run: RunRef, records: tuple[HostRecord, ...], foreground: bool) 
             the foreground its exit code is the job's.
     """
     has_failed = any((end := record.find("job_ended")) and end["outcome"] == "failed" for record in records)
-    if has_failed and any(record.is_alive and record.spec.ending for record in records):
+    if has_failed and any(record.is_alive and record.spec.neighbour for record in records):
         return  # the other hosts are ending too; whose fault it was is known when all have
     for record in order_by_cause(records):
         end = record.find("job_ended")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from flagscale.chips.probe import probe_host
-from flagscale.runner.launch.errands import ERRANDS, answer_errand, check, nearest_folder
+from flagscale.runner.launch.capacity import nearest_folder
+from flagscale.runner.launch.errands import ERRANDS, answer_errand, check
 from flagscale.runner.launch.network import find_interface, list_interfaces
 from flagscale.runner.launch.sources import describe_tree, list_trees, query_trees
 from flagscale.runner.plan.job import JobPlan, decode_plan

@@ -2,19 +2,19 @@
 
 import json
 import os
-import pwd
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flagscale.errors import RunError
 from flagscale.runner.launch.ending import tell_to_end
-from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.folder import RunRef, find_cluster
 from flagscale.runner.launch.journal import write_small
-from flagscale.runner.launch.reach import Links, Look, ask_hosts, clean_hosts, signal_hosts
+from flagscale.runner.launch.procs import name_user
+from flagscale.runner.launch.reach import Links, Look, ask_hosts, clean_hosts, signal_hosts, watchers_of
 from flagscale.runner.launch.record import HostRecord, load_records
 from flagscale.runner.launch.slurm_queue import cancel_job, find_queue
 from flagscale.runner.monitor.state import RunState, query_run
@@ -23,6 +23,8 @@ POLL_S = 0.1
 QUEUE_PATIENCE_S = 5.0
 """given to the script of a job whose agents have ended, seconds"""
 QUEUE_LIMIT_S = 120.0
+OWNER_AFTER_S = 5.0
+"""An agent on another machine that has not begun to end by then may be one that we must not end."""
 MARGIN_S = 330.0
 """Waited beyond the grace: `cmds.after_stop` may take 300 s."""
 
@@ -34,13 +36,6 @@ class Stopped:
     state: RunState
     was_alive: bool
     num_leftovers: int
-
-
-def name_user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
 
 
 def find_owner(pid: int) -> int | None:
@@ -96,6 +91,8 @@ def stop_run(run: RunRef, force: bool = False, wait: Callable[[], None] | None =
         _wait_for_queue(run, wait)
         grace_s = 0.0 if force else max(record.spec.grace_s for record in records)
         num_leftovers = clean_hosts(run, links, grace_s)
+    if cluster := find_cluster(run):
+        stop_run(cluster, force, wait)
     state = query_run(run)
     silent = [f"{host.label} ({host.reason})" for host in state.hosts if host.state == "unreachable"]
     if silent:
@@ -109,10 +106,15 @@ def stop_run(run: RunRef, force: bool = False, wait: Callable[[], None] | None =
 def _wait_for_end(run: RunRef, look: Look, wait: Callable[[], None] | None) -> None:
     """Until no watcher is seen any more: over SSH where that goes, by the heartbeat where a host does not answer."""
     records = look.load_records()
-    deadline = time.monotonic() + MARGIN_S + max(record.spec.grace_s for record in records)
+    begin = time.monotonic()
+    deadline = begin + MARGIN_S + max(record.spec.grace_s for record in records)
+    is_owner_known = False
     while any(_may_work(run, record) for record in records):
         if time.monotonic() > deadline:
             raise RunError(f"run {run.run_id} does not end; see {Path(records[0].spec.agent_log)}")
+        if not is_owner_known and time.monotonic() > begin + OWNER_AFTER_S:
+            is_owner_known = True
+            check_owners(run, look.links, [record for record in records if not record.find("stopping")])
         if wait is None:
             time.sleep(POLL_S)
         else:
@@ -133,6 +135,17 @@ def _wait_for_queue(run: RunRef, wait: Callable[[], None] | None) -> None:
         if wait is not None:
             wait()
         time.sleep(POLL_S)
+
+
+def check_owners(run: RunRef, links: Links, records: Sequence[HostRecord]) -> None:
+    """
+    Raises:
+        RunError: on another machine the run is someone else's.
+    """
+    asked = {record.label: watchers_of(record) for record in records if record.label in links.remotes}
+    for label, reply in links.call("owner", asked).items():
+        if owner := reply.answer.get("owner"):
+            raise RunError(f"run {run.run_id} belongs to {owner} on {label}, who alone may stop it")
 
 
 def _may_work(run: RunRef, record: HostRecord) -> bool:

@@ -98,8 +98,20 @@ def environment_of(config: Config, host: Host) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in merged.items() if name not in config.secrets)
 
 
-def bin_dirs_of(site: Site) -> tuple[str, ...]:
-    return (site.bin_dir,) if site.bin_dir else ()
+def python_of(config: Config, host: Host) -> str | None:
+    """The interpreter that the configuration names for a host."""
+    named = config.experiment.runner.python
+    return named.get(host.name) if isinstance(named, dict) else named
+
+
+def bin_dirs_of(config: Config, site: Site, host: Host) -> tuple[str, ...]:
+    """What goes before the PATH of a host's processes: the folder of its interpreter.
+
+    A container has a PATH of its own, and the launcher's folders are not in it.
+    """
+    if named := python_of(config, host):
+        return (posixpath.dirname(named),) if "/" in named else ()
+    return (site.bin_dir,) if site.bin_dir and not config.experiment.runner.docker else ()
 
 
 def plan_host(
@@ -124,6 +136,7 @@ def plan_host(
         after_stop=cmds.after_stop,
         peer=peer,
         interface_vars=_interface_vars(config, host) if peer or is_master_unknown(config) else (),
+        python=python_of(config, host),
     )
 
 
@@ -166,6 +179,7 @@ def plan_job(config: Config, outputs: Outputs, hosts: tuple[HostPlan, ...], **fi
         launcher=launcher_of(experiment.runner),
         launcher_options=launcher_options_of(experiment.runner),
         no_shared_fs=experiment.runner.no_shared_fs,
+        docker=experiment.runner.docker,
         **fields,
     )
 
@@ -231,7 +245,7 @@ def plan_ray(
         argv += ("--num-gpus", str(host.slots))
     elif chip is not None and chip.device == "cpu":
         argv += ("--num-cpus", str(host.slots))
-    bin_dirs = ((runner.bin_dir,) if runner.bin_dir else ()) + bin_dirs_of(site)
+    bin_dirs = ((runner.bin_dir,) if runner.bin_dir else ()) + bin_dirs_of(config, site, host)
     return (ProcessSpec("ray", argv, site.root, env=env, bin_dirs=bin_dirs),)
 
 

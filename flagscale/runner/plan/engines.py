@@ -142,7 +142,7 @@ def plan_engine(
         arguments=tuple((name, freeze(value)) for name, value in own.items()),
         env=env,
         path_dirs=(site.root,),
-        bin_dirs=(*(folder for folder in folders if folder), *bin_dirs_of(site)),
+        bin_dirs=(*(folder for folder in folders if folder), *bin_dirs_of(config, site, place[node_rank].host)),
     )
 
 

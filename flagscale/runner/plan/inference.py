@@ -51,7 +51,7 @@ def _plan_reader(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan
             entrypoint=entrypoint,
             env=environment_of(config, host),
             path_dirs=(site.root,),
-            bin_dirs=bin_dirs_of(site),
+            bin_dirs=bin_dirs_of(config, site, host),
         )
         rows.append(plan_host(config, outputs, host, node_rank, (process,), files=((path, dump_yaml(section)),)))
     return plan_job(config, outputs, tuple(rows))

@@ -98,6 +98,8 @@ class HostPlan:
     """the address of another host of the job; empty where this one is alone, or the planner does not know any"""
     interface_vars: tuple[str, ...] = ()
     """variables that get the interface which leads to `peer`, found on the host, where nothing else sets them"""
+    python: str | None = None
+    """the interpreter there; None: the launcher's own path, in a container `python3`"""
 
     @property
     def label(self) -> str:
@@ -139,6 +141,8 @@ class JobPlan:
     ssh_client: Literal["paramiko", "openssh"] = "paramiko"
     no_shared_fs: bool = False
     """each host has an experiment folder of its own, on the same path"""
+    docker: str | None = None
+    """the container on every host that the job runs in, and its agent with it"""
     service: Mapping[str, Any] | None = None
     """what the controller of a service is told (`plan/service.py`)"""
     version: int = PLAN_VERSION

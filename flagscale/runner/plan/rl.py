@@ -48,7 +48,7 @@ def plan_rl(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
                     arguments=tuple((name, freeze(value)) for name, value in arguments),
                     env=env,
                     path_dirs=(*((tree.path,) if tree else ()), site.root),
-                    bin_dirs=bin_dirs_of(site),
+                    bin_dirs=bin_dirs_of(config, site, host),
                     tree=tree,
                 ),
             )

@@ -62,7 +62,7 @@ def plan_serve(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
         cwd=site.root,
         env=(("PYTHONUNBUFFERED", "1"),),
         path_dirs=(site.root,),
-        bin_dirs=bin_dirs_of(site),
+        bin_dirs=(site.bin_dir,) if site.bin_dir else (),
     )
     dirs = (outputs.log_dir, outputs.pids_dir, outputs.details_dir)
     host = HostPlan(Host("localhost", 1), 0, (process,), make_dirs=dirs)
@@ -70,7 +70,15 @@ def plan_serve(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
     job = plan_job(config, outputs, (host,), service=encode_service(service))
     engines = ", ".join(dict.fromkeys(model.engine for model in service.models))
     secrets = tuple((source, source) for source in sorted(sources))
-    return replace(job, backend=engines, secrets=secrets, master_addr="localhost", master_port=None)
+    return replace(
+        job,
+        backend=engines,
+        secrets=secrets,
+        master_addr="localhost",
+        master_port=None,
+        docker=None,
+        no_shared_fs=False,
+    )
 
 
 @dataclass(slots=True)
@@ -196,7 +204,7 @@ def _plan_custom(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan
         entrypoint=entrypoint,
         env=environment_of(config, hosts[0]),
         path_dirs=(site.root,),
-        bin_dirs=bin_dirs_of(site),
+        bin_dirs=bin_dirs_of(config, site, hosts[0]),
     )
     row = plan_host(config, outputs, hosts[0], 0, (process,), files=((path, dump_yaml(section)),))
     return plan_job(config, outputs, (row,))

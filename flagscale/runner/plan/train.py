@@ -116,7 +116,7 @@ def _plan_torchrun(
         announces=posixpath.normpath(entrypoint).endswith(OWN_ENTRYPOINTS),
         env=environment_of(config, host),
         path_dirs=(*((tree.path,) if tree else ()), root),
-        bin_dirs=bin_dirs_of(site),
+        bin_dirs=bin_dirs_of(config, site, host),
         tree=tree,
     )
 
