@@ -7,9 +7,9 @@ release, somebody's edits) is refused unless a three-way merge was asked for.
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from flagscale.patch.diffs import Hunk
+from flagscale.patch.diffs import Hunk, apply_plain
 from flagscale.patch.git import Attempt, make_diffs, merge_contents, try_patches
 from flagscale.patch.series import Hashes, Patch, Series, hash_bytes
 from flagscale.patch.tree import SYMLINK, Content
@@ -50,6 +50,8 @@ class Fit:
     base: the files before
     misfits: what did not fit; unless it is empty, `stream` holds only what did
     notes: what a person should know: merges
+    made: the files afterwards that are made already
+    rest: the part of `stream` that is left to git
     """
 
     stream: bytes
@@ -57,6 +59,8 @@ class Fit:
     base: Files
     misfits: tuple[Misfit, ...] = ()
     notes: tuple[str, ...] = ()
+    made: dict[str, bytes] = field(default_factory=dict)
+    rest: bytes = b""
 
 
 def hash_of(files: Mapping[str, Content], name: str) -> str | None:
@@ -70,12 +74,21 @@ def fit_by_hash(files: Files, layers: Sequence[Series]) -> Fit | None:
     running = {name: hash_of(files, name) for name in touched}
     if len(running) < len(touched):
         return None
+    made: dict[str, bytes] = {}
+    rest: list[bytes] = []
     for layer in layers:
         for patch in layer.patches:
             if any(running[name] != patch.base.get(name) for name in patch.names):
                 return None
             running |= patch.result
-    return Fit(b"".join(layer.stream for layer in layers), running, files)
+            name = next(iter(patch.names))
+            data = apply_plain(files[name].data, patch.diff) if len(patch.names) == 1 and name in files else None
+            if data is not None and hash_bytes(data) == patch.result[name]:
+                made[name] = data
+            else:
+                rest.append(patch.diff)
+    stream = b"".join(layer.stream for layer in layers)
+    return Fit(stream, running, files, made=made, rest=b"".join(rest))
 
 
 def fit_by_trial(files: Files, layers: Sequence[Series], find_base: FindBase | None = None) -> Fit:
@@ -98,7 +111,9 @@ def fit_by_trial(files: Files, layers: Sequence[Series], find_base: FindBase | N
         owners |= {name: layer.name for patch in layer.patches for name in patch.names}
     names = {name for layer in layers for patch in layer.patches for name in patch.names}
     diffs = make_diffs({n: c for n, c in files.items() if n in names}, {n: c for n, c in now.items() if n in names})
-    return Fit(b"".join(diffs), {name: hash_of(now, name) for name in names}, files, tuple(misfits), tuple(notes))
+    stream = b"".join(diffs)
+    expected = {name: hash_of(now, name) for name in names}
+    return Fit(stream, expected, files, tuple(misfits), tuple(notes), rest=stream)
 
 
 def _set(files: Files, name: str, content: Content | None) -> None:

@@ -7,6 +7,7 @@ What the source is, is seen from its files. Tensors go through one at a time on 
 all are held, as torch writes them at once.
 """
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,16 +168,14 @@ def _stacked(rule: Rule, impl: str) -> str:
 
 
 def _list_states(shape: ModelShape) -> Iterator[str]:
-    owners = dict.fromkeys(
-        name.rpartition(".")[0]
-        for row in list_rows(shape)
-        for name in row.megatron[:1]
-        if name.endswith(".weight") and name.split(".")[-2] in STATELESS
-    )
-    for owner in owners:
-        if "experts" not in owner:
-            for layer in range(shape.num_layers):
-                yield f"decoder.layers.{owner}._extra_state/shard_{layer}_{shape.num_layers}"
+    """The extra states of all layers and experts, by their places in what Megatron stacks."""
+    for row in list_rows(shape):
+        owner, _, kind = row.megatron[0].rpartition(".")
+        if kind == "weight" and owner.rpartition(".")[2] in STATELESS:
+            sizes = (shape.num_layers, shape.num_experts) if "*" in row.hf[0] else (shape.num_layers,)
+            of = ".".join(map(str, sizes))
+            for place in itertools.product(*map(range, sizes)):
+                yield f"decoder.layers.{owner}._extra_state/shard_{'.'.join(map(str, place))}_{of}"
 
 
 class DistCheckpoint:

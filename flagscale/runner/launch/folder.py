@@ -206,6 +206,7 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         interface_vars=host.interface_vars,
         meet_host=plan.master_addr if is_wired else "",
         meet_port=port if is_wired else 0,
+        meet_key=token if is_wired else "",
         leads=is_wired and host is plan.hosts[0],
     )
 
