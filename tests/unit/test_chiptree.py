@@ -248,7 +248,8 @@ def test_the_verbs_tell_of_every_tree(folder: Path, capsys: pytest.CaptureFixtur
     assert finding.remedy == "flagscale install --backend megatron --device Generic_CPU"
 
 
-def test_without_a_word_the_chips_of_this_machine_are_meant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("folder")
+def test_without_a_word_the_chips_of_this_machine_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = SimpleNamespace(chip=SimpleNamespace(name="NVIDIA"))
     monkeypatch.setattr("flagscale.chips.probe.probe_host", lambda: probed)
     assert source_verb.find_chips([], "Megatron-LM") == ("NVIDIA", CHIP)
