@@ -177,8 +177,12 @@ def test_a_launch_asks_for_the_patches_of_the_chip_and_names_the_command_that_me
     with pytest.raises(UserError, match=f"has other patches than hardware/{CHIP} says: {mend}"):
         check_trees(plan, expect_patches(plan))
     (folder / CHIP / ".flagscale-patch" / "state.json").write_text("{")
-    with pytest.raises(UserError, match=f"not a record of a patched tree.*{mend}"):
+    with pytest.raises(UserError, match=f"not a record of a patched tree.*{mend[:-1]} --replace`"):
         check_trees(plan, expected)
+    with pytest.raises(PatchError, match="not a record of a patched tree"):
+        lay(folder, hardware)
+    lay(folder, hardware, replace=True)
+    check_trees(plan, expect_patches(plan))
 
 
 def test_what_the_user_s_own_shell_may_bring_is_no_fault(folder: Path) -> None:
