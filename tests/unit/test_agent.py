@@ -237,7 +237,7 @@ def test_a_number_in_another_notation_is_passed_over(number: str) -> None:
 # --- the archive -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files", [archive.AGENT, archive.ERRANDS, archive.SURVEY])
+@pytest.mark.parametrize("files", [archive.AGENT, archive.KEEPER, archive.ERRANDS, archive.SURVEY])
 def test_an_archive_needs_only_the_standard_library_and_itself(files: tuple[str, ...]) -> None:
     allowed = {*sys.stdlib_module_names}
     own = {"flagscale." + file.removesuffix(".py").replace("/", ".") for file in files} | {"flagscale.runner.launch"}

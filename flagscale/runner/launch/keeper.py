@@ -28,7 +28,7 @@ from flagscale.runner.launch.journal import Spec, load_spec, write_small
 from flagscale.runner.launch.network import interface_env
 from flagscale.runner.launch.place import Keeper
 from flagscale.runner.launch.ports import find_free_port
-from flagscale.runner.launch.procs import TOKEN, Proc, find_proc, is_same_alive, send_signal
+from flagscale.runner.launch.procs import KEPT, TOKEN, Proc, find_proc, is_same_alive, send_signal
 
 MASTER_ADDR, SECOND_ADDR = "FLAGSCALE_MASTER_ADDR", "FLAGSCALE_SECOND_ADDR"
 """the names of `slurm_script.py`: the first machine that a scheduler chose, and the second"""
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
         print(f"{spec.label}: the secret {error} is not set where {what} starts the job", file=sys.stderr)
         return 1
     peer = env.get(SECOND_ADDR if spec.node_rank == 0 else MASTER_ADDR, "")
-    env = {**interface_env(spec.interface_vars, peer), **env}
+    env = {**interface_env(spec.interface_vars, peer), **env, KEPT: spec.token}
     agent = Path(argv[0]).with_name("agent.pyz")
     line = json.dumps(values) + "\n"
     done = subprocess.run([sys.executable, "-I", str(agent), spec_path], input=line, env=env, text=True, cwd="/")
