@@ -85,7 +85,8 @@ class Bench:
         folder = self.base / f"of_{num_hosts}"
         exp_dir = str(folder / "exp")
         words = {"launch": ["run", str(folder / "job.yaml")], "query": ["status", exp_dir], "stop": ["stop", exp_dir]}
-        settings = [f"FLAGSCALE_STATE_DIR={self.base / 'state'}", f"PYTHONPATH={ROOT}"]
+        # a user's Python keeps what it compiles
+        settings = ["-u", "PYTHONDONTWRITEBYTECODE", f"FLAGSCALE_STATE_DIR={self.base / 'state'}", f"PYTHONPATH={ROOT}"]
         return self.time(["env", *settings, sys.executable, "-c", MAIN, *words[name]])
 
     def loop(self, name: str, num_hosts: int) -> Cost:

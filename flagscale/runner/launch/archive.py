@@ -6,6 +6,7 @@ same Python reads and any other passes over: compiling would be half of what a s
 (`errands.py`) are carried the same way.
 """
 
+import functools
 import importlib.util
 import io
 import marshal
@@ -40,6 +41,7 @@ _UNCHECKED = 0b01
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
+@functools.cache
 def build_archive(files: tuple[str, ...] = AGENT) -> bytes:
     """Equal sources give equal bytes. `files` are paths below the package, whose own imports they must hold."""
     members: dict[str, bytes] = {"__main__.py": _MAIN.format(_MAINS[files]).encode()} if files in _MAINS else {}

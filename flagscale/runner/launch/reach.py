@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -70,9 +71,14 @@ class Links:
         self.accept_new = accept_new
         self.limit_s = limit_s
         self.open: dict[str, Connection] = {}
-        self.archive = build_archive(_ARCHIVES[module])
+        self.module = module
         self.flags = ["-I"] if module == "ray_errands" else ["-I", "-S"]  # Ray is no part of the standard library
         self.boot = BOOT.format(module=module)
+
+    @cached_property
+    def archive(self) -> bytes:
+        """Built when the first errand is run: what the shell answers needs none."""
+        return build_archive(_ARCHIVES[self.module])
 
     def __enter__(self) -> "Links":
         return self
