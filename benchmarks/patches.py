@@ -4,9 +4,9 @@
 
 A made-up source of `--files` Python files, of which 200 are patched, in the folder for temporary files. Apply and
 revert are run in turn with `git apply` and `git apply --reverse` in an equal folder, so that a machine's drift falls on
-both alike; the medians of the ratios of wall time and of processor time are quoted. The functions are timed in this process:
-what starting Python costs is measured by benchmarks/startup.py. On a machine that does other work the wall times of
-some tens of milliseconds are those of its disk.
+both alike; the medians of the ratios of wall time and of processor time are quoted. The functions are timed in this
+process: what starting Python costs is measured by benchmarks/startup.py. On a machine that does other work the wall
+times of some tens of milliseconds are those of its disk.
 
     apply / git apply                      promised: under 2 (wall time)
     revert / git apply                     promised: under 2 (wall time)

@@ -96,7 +96,7 @@ class Bench:
             self.hosts.command(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.base
         )
 
-    def call(self, *words: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def call(self, *words: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
         """A verb of the command in a process of its own, in the control namespace."""
         with self.popen(*words) as process:
             try:
@@ -142,11 +142,11 @@ def wait_for(is_so: Callable[[], object], patience_s: float = PATIENCE_S) -> Non
 
 def pid_of(bench: Bench, rank: int) -> int:
     """The process of a rank as this test sees it, from within no namespace of a host."""
-    token = bench.run.load_spec(bench.run.labels[0]).token
+    needles = {f"FLAGSCALE_RUN_TOKEN={bench.run.load_spec(label).token}".encode() for label in bench.run.labels}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = (folder / "environ").read_bytes().split(b"\0")
-            if f"FLAGSCALE_RUN_TOKEN={token}".encode() in words and f"RANK={rank}".encode() in words:
+            words = set((folder / "environ").read_bytes().split(b"\0"))
+            if words & needles and f"RANK={rank}".encode() in words:
                 return int(folder.name)
     raise AssertionError(f"no process of rank {rank}")
 
