@@ -16,7 +16,6 @@ from flagscale.errors import PatchError
 from flagscale.patch.diffs import Hunk, read_changes, show_name
 from flagscale.patch.fit import Fit, Misfit
 from flagscale.patch.git import apply_diff, try_patches
-from flagscale.patch.series import hash_bytes
 from flagscale.patch.state import STATE_FILE, Record, Touched, dump_record
 from flagscale.patch.swap import (
     BASE_DIR,
@@ -35,6 +34,7 @@ from flagscale.patch.tree import (
     STATE_DIR,
     Content,
     Digest,
+    folders_above,
     is_derived,
     read_contents,
     write_content,
@@ -132,20 +132,19 @@ def build_patched(hold: Hold, fresh: Path, unpatched: Unpatched, fit: Fit, draft
         PatchError: git made something else of the files than it was to make.
     """
     names = set(fit.expected)
-    base = {name: content.digest for name, content in fit.base.items() if name in names}
-    kept = _keep_base(fresh, base.keys(), fit.made.keys())
-    _write_made(hold, fresh, fit, kept)
+    kept = _keep_base(fresh, fit.base.keys(), fit.made.keys())
+    _write_made(hold, fresh, fit.made, unpatched.files)
     apply_diff(fresh, fit.rest, hold.work, pass_fds=(hold.lock,))
     found = {name: content.digest for name, content in read_contents(fresh, names - fit.made.keys()).items()}
-    found |= {name: Digest(base[name].mode, hash_bytes(data)) for name, data in fit.made.items()}
+    found |= {name: Digest(fit.base[name].mode, fit.expected[name] or "") for name in fit.made}
     wrong = sorted(n for n in names if (found[n].sha256 if n in found else None) != fit.expected[n])
     if wrong:
         raise PatchError(f"not what the series promises, nothing was changed: {', '.join(map(show_name, wrong))}")
     _keep_permissions(fresh, fit.rest, kept)
-    made = sorted({str(above) for name in found for above in Path(name).parents[:-1]} - unpatched.folders.keys())
+    made = sorted(folders_above(found) - unpatched.folders.keys())
     record = dataclasses.replace(
         draft,
-        touched={name: Touched(base.get(name), found.get(name)) for name in sorted(names)},
+        touched={name: Touched(fit.base.get(name), found.get(name)) for name in sorted(names)},
         kept=kept,
         made_dirs=tuple(made),
         lost_dirs=tuple(
@@ -190,19 +189,20 @@ def _keep_base(fresh: Path, names: Set[str], moved: Set[str]) -> dict[str, str]:
     return kept
 
 
-def _write_made(hold: Hold, fresh: Path, fit: Fit, kept: Mapping[str, str]) -> None:
+def _write_made(hold: Hold, fresh: Path, made: Mapping[str, bytes], old: Linked) -> None:
     """Write the files that need no git, with the permissions and owners of what they were.
 
     They are made in one folder and moved: in many new folders a file system takes long to place new files.
     """
     place = hold.work / "made"
     place.mkdir()
-    for name, data in fit.made.items():
-        was = os.lstat(f"{fresh}/{BASE_DIR}/{kept[name]}")
-        with open(f"{place}/{kept[name]}", "xb", buffering=0) as file:  # noqa: PTH123
+    for number, (name, data) in enumerate(made.items()):
+        path = f"{place}/{number}"
+        with open(path, "xb", buffering=0) as file:  # noqa: PTH123
             file.write(data)
-            _match(file.fileno(), was)
-        os.rename(f"{place}/{kept[name]}", f"{fresh}/{name}")  # noqa: PTH104
+            if name in old:
+                _match(file.fileno(), old[name])
+        os.rename(path, f"{fresh}/{name}")  # noqa: PTH104
     place.rmdir()
 
 

@@ -51,7 +51,8 @@ def lay_tree(
 
     Raises:
         SourceError: the source cannot be had, or a tree that someone has changed is in the way.
-        PatchError: a patch does not fit, or a patched file was edited; the tree is as it was.
+        PatchError: a patch does not fit, a patched file was edited, or the tree's record cannot be read; the tree is
+            as it was.
     """
     fetch_source(pin, source, progress, replace)
     tree = source.parent / chip
@@ -76,8 +77,10 @@ def _must_copy(pin: Pin, tree: Path, replace: bool) -> bool:
     Raises:
         SourceError: the tree would have to be made anew, and someone has changed it.
     """
+    if replace:
+        return True
     state = read_state(tree)
-    if state.kind == "absent" or replace:
+    if state.kind == "absent":
         return True
     manifest = load_manifest(tree)
     if manifest and manifest["pin"] == pin.digest:

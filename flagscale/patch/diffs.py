@@ -154,13 +154,13 @@ def apply_plain(old: bytes, diff: bytes) -> bytes | None:
     compares the result with the hash that is promised.
     """
     head = PLAIN_HEAD.match(diff)
-    if head is None:
+    if head is None or b"\n\\ No newline" in diff:
         return None
-    source, rows = _split_lines(old), _split_lines(diff[head.end() :])
+    source, rows = old.split(b"\n"), diff[head.end() :].split(b"\n")
     out: list[bytes] = []
     done = 0
-    for row, after in zip(rows, [*rows[1:], b""], strict=True):
-        sign, text = row[:1], row[1:-1] if after[:1] == b"\\" else row[1:]
+    for row in rows[:-1]:
+        sign, text = row[:1], row[1:]
         if sign == b"@" and (found := HUNK.match(row)):
             start = int(found[1]) - (found[2] != b"0")
             out += source[done:start]
@@ -172,12 +172,6 @@ def apply_plain(old: bytes, diff: bytes) -> bytes | None:
             done += 1
         elif sign == b"+":
             out.append(text)
-        elif sign != b"\\":
+        else:
             return None
-    return b"".join([*out, *source[done:]])
-
-
-def _split_lines(data: bytes) -> list[bytes]:
-    """The lines with their line feeds; a carriage return ends no line."""
-    *lines, last = data.split(b"\n")
-    return [line + b"\n" for line in lines] + ([last] if last else [])
+    return b"\n".join([*out, *source[done:]])

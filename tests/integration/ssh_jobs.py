@@ -96,7 +96,7 @@ class Bench:
             self.hosts.command(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.base
         )
 
-    def call(self, *words: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def call(self, *words: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
         """A verb of the command in a process of its own, in the control namespace."""
         with self.popen(*words) as process:
             try:

@@ -319,8 +319,7 @@ def test_a_place_that_is_taken_back_ends_the_job(
 
 
 def test_no_cluster_where_one_is_named(bench: Bench, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_running(bench, running, monkeypatch, device_type="cpu")
-    monkeypatch.setattr("flagscale.runner.launch.ray_places.CONNECT_S", 3.0)
+    write_running(bench, running, monkeypatch, device_type="cpu", ray_wait_s=3)
     done = bench.launch("experiment.runner.ray_address=127.0.0.1:9")
     assert done.returncode == 1
     assert "cannot be joined" in done.stderr

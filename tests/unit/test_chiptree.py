@@ -177,8 +177,12 @@ def test_a_launch_asks_for_the_patches_of_the_chip_and_names_the_command_that_me
     with pytest.raises(UserError, match=f"has other patches than hardware/{CHIP} says: {mend}"):
         check_trees(plan, expect_patches(plan))
     (folder / CHIP / ".flagscale-patch" / "state.json").write_text("{")
-    with pytest.raises(UserError, match=f"not a record of a patched tree.*{mend}"):
+    with pytest.raises(UserError, match=f"not a record of a patched tree.*{mend[:-1]} --replace`"):
         check_trees(plan, expected)
+    with pytest.raises(PatchError, match="not a record of a patched tree"):
+        lay(folder, hardware)
+    lay(folder, hardware, replace=True)
+    check_trees(plan, expect_patches(plan))
 
 
 def test_what_the_user_s_own_shell_may_bring_is_no_fault(folder: Path) -> None:
@@ -248,7 +252,8 @@ def test_the_verbs_tell_of_every_tree(folder: Path, capsys: pytest.CaptureFixtur
     assert finding.remedy == "flagscale install --backend megatron --device Generic_CPU"
 
 
-def test_without_a_word_the_chips_of_this_machine_are_meant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("folder")
+def test_without_a_word_the_chips_of_this_machine_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = SimpleNamespace(chip=SimpleNamespace(name="NVIDIA"))
     monkeypatch.setattr("flagscale.chips.probe.probe_host", lambda: probed)
     assert source_verb.find_chips([], "Megatron-LM") == ("NVIDIA", CHIP)

@@ -21,8 +21,8 @@ from pathlib import Path
 TOKEN = "FLAGSCALE_RUN_TOKEN"
 """The same name as `flagscale.env.RUN_TOKEN`, which this file must not import."""
 KEPT = "FLAGSCALE_KEPT_TOKEN"
-"""Set for an agent in a place of a scheduler to the token of its run. If a job of ours is that scheduler, the agent is
-below its agent and is not its: it ends by itself, in its own time, once its place is gone (`place.py`)."""
+"""The same name as `flagscale.env.KEPT_TOKEN`. If a job of ours is the scheduler (a Ray cluster), an agent that has a
+place with it is below its agent, and ends by itself, in its own time, once its place is gone (`place.py`)."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 

@@ -52,6 +52,8 @@ from flagscale.runner.launch.startup import explain_interrupt, quote_last_words
 from flagscale.runner.plan.job import JobPlan, LaunchName
 
 KEEP_LIMIT_S = 120.0
+START_LIMIT_S = 120.0
+"""given to a cluster of ours to come up, seconds"""
 
 
 def submit_job(
@@ -100,10 +102,10 @@ class Launch:
     def wait_s(self) -> float:
         return float(dict(self.plan.launcher_options)["wait_s"])
 
-    def make_door(self, address: str, env: Mapping[str, str]) -> Door:
+    def make_door(self, address: str, env: Mapping[str, str], connect_s: float) -> Door:
         """The first host, if it is another machine that SSH reaches; else this machine."""
         remote = self.links.remotes.get(self.plan.hosts[0].label)
-        return Door(address, f"flagscale-{self.run.run_id}", self.links, remote, env)
+        return Door(address, f"flagscale-{self.run.run_id}", self.links, remote, env, connect_s)
 
     def list_files(self, values: Mapping[LaunchName, str], record: Mapping[str, Any]) -> list[NewFile]:
         run_id = self.run.run_id
@@ -169,7 +171,7 @@ def start_in_own(launch: Launch, env: Mapping[str, str], record: Mapping[str, An
     files = [*launch.list_files(values, record), *list_cluster_files(cluster_plan, run.run_id)]
     write_all(files, [*list_folders(plan, run.run_id), *list_folders(cluster_plan, run.run_id)])
     start_agents(cluster, links, {}, strip_secrets(plan, env))
-    door = launch.make_door(find_address(plan, free), auth_env(run.folder))
+    door = launch.make_door(find_address(plan, free), auth_env(run.folder), max(launch.wait_s, START_LIMIT_S))
     try:
         places = launch.reserve(door, run.labels, len(plan.hosts))
         launch.start_agents(door, places, cluster.notice_path)
@@ -185,17 +187,18 @@ def start_in_running(launch: Launch, env: Mapping[str, str], record: Mapping[str
     """Take places of a running cluster, check in them, and start the job there."""
     plan, run = launch.plan, launch.run
     auth = {name: value for name, value in env.items() if name.startswith("RAY_AUTH_")}
-    door = launch.make_door(dict(plan.launcher_options)["address"], auth if not launch.links.remotes else {})
+    address = dict(plan.launcher_options)["address"]
+    door = launch.make_door(address, {} if launch.links.remotes else auth, launch.wait_s)
     places = launch.reserve(door, [None] * len(plan.hosts), 1)
     try:
         ready = check_hosts(plan, PlaceLinks(plan.hosts, places, door), env)
-        address, port = places[0]["address"], str(ready.port)
+        first, port = places[0]["address"], str(ready.port)
         values: dict[LaunchName, str] = {
             "master_port": port,
             "next_port": str(ready.port + 1),
             "run_id": run.run_id,
-            "master_addr": address,
-            "master_endpoint": f"{address}:{port}",
+            "master_addr": first,
+            "master_endpoint": f"{first}:{port}",
         }
         write_all(launch.list_files(values, record), list_folders(plan, run.run_id))
         launch.start_agents(door, places, None)

@@ -210,6 +210,7 @@ def _connect(request: Mapping[str, Any]) -> None:
     import ray
 
     deadline = time.monotonic() + request["connect_s"]
+    _wait_for_port(request["address"], deadline)
     while True:
         try:
             ray.init(address=request["address"], namespace=NAMESPACE, log_to_driver=False, logging_level="CRITICAL")
@@ -219,6 +220,20 @@ def _connect(request: Mapping[str, Any]) -> None:
                 raise PlaceError(
                     f"the Ray cluster at {request['address']} cannot be joined: {_explain(error)}"
                 ) from None
+        time.sleep(0.5)
+
+
+def _wait_for_port(address: str, deadline: float) -> None:
+    """Until someone listens there: Ray itself would wait for minutes, and not say for what."""
+    host, _, port = address.rpartition(":")
+    while port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), max(0.5, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                said = error.strerror or error
+                raise PlaceError(f"the Ray cluster at {address} cannot be joined: {said}") from None
         time.sleep(0.5)
 
 

@@ -19,8 +19,6 @@ from flagscale.runner.launch.folder import Remote
 from flagscale.runner.launch.reach import ASK_LIMIT_S, Links, Reply, pack_errand, read_reply
 from flagscale.runner.plan.job import HostPlan
 
-CONNECT_S = 60.0
-"""given to a cluster to come up, seconds"""
 MARGIN_S = 60.0
 
 
@@ -29,6 +27,7 @@ class Door:
     """How a Ray cluster is asked. remote: None for this machine
 
     env: what lets one in (RAY_AUTH_MODE, ..)
+    connect_s: given to the cluster to come up, seconds
     """
 
     address: str
@@ -36,16 +35,23 @@ class Door:
     links: Links
     remote: Remote | None
     env: Mapping[str, str]
+    connect_s: float
 
     def ask(self, act: str, limit_s: float, **request: object) -> dict[str, Any]:
         """
         Raises:
             LaunchError: the cluster cannot be asked, or does not do it, and why.
         """
-        row = {"act": act, "address": self.address, "name": self.name, "env": dict(self.env), "connect_s": CONNECT_S}
+        row = {
+            "act": act,
+            "address": self.address,
+            "name": self.name,
+            "env": dict(self.env),
+            "connect_s": self.connect_s,
+        }
         text = pack_errand(build_archive(RAY_ERRANDS), "ray", {**row, **request})
         words = [self.remote.python if self.remote else sys.executable, "-I", "-c", BOOT.format(module="ray_errands")]
-        limit_s += CONNECT_S + MARGIN_S
+        limit_s += self.connect_s + MARGIN_S
         if self.remote is not None:
             reply = self.links.run_all({self.remote.label: (words, text)}, limit_s)[self.remote.label]
         else:
