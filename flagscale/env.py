@@ -15,6 +15,9 @@ SOURCE_DIR = "FLAGSCALE_SOURCE_DIR"
 RUN_TOKEN = "FLAGSCALE_RUN_TOKEN"
 """Set for every process of a job to a value that no other job has: what bears it is ours to end."""
 
+KEPT_TOKEN = "FLAGSCALE_KEPT_TOKEN"
+"""Set for an agent that a scheduler gave a place, to its run's token: it is not below the agent of that scheduler."""
+
 RANK_DIR = "FLAGSCALE_RANK_DIR"
 """Set for a job: the folder in which a rank tells that it is up, by a file `rank_<rank>.up`."""
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from flagscale.cli.jobs import compose, plan
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from flagscale.runner.launch.preflight import Finding
 
 WIDE = 200
@@ -36,18 +38,25 @@ def print_table(findings: "Sequence[Finding]") -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("host", *CHECKS):
         table.add_column(title, overflow="fold")
-    wrong = [finding for finding in findings if finding.kind != "ok"]
-    marked = {(finding.host, finding.check) for finding in wrong}
-    shown = {(finding.host, finding.check): finding.text for finding in findings if finding.kind == "ok"}
+    told = [finding for finding in findings if finding.kind != "ok"]
+    cells = {(finding.host, finding.check): _render_cell(finding) for finding in sorted(findings, key=_gravity)}
     for host in dict.fromkeys(finding.host for finding in findings):
-        cells = [
-            Text("fault", style="red") if (host, check) in marked else Text(shown.get((host, check), ""))
-            for check in CHECKS
-        ]
-        table.add_row(Text(host, style="bold"), *cells)
+        table.add_row(Text(host, style="bold"), *(cells.get((host, check), Text()) for check in CHECKS))
     console.print(table)
-    for finding in wrong:
-        console.print(Text(f"{finding.host}: {finding.text}"))
+    for finding in told:
+        console.print(Text(f"{finding.host}: {'note: ' if finding.kind == 'note' else ''}{finding.text}"))
+
+
+def _gravity(finding: "Finding") -> int:
+    return ("ok", "note", "user", "launch").index(finding.kind)
+
+
+def _render_cell(finding: "Finding") -> "Text":
+    from rich.text import Text
+
+    words = {"ok": (finding.text, ""), "note": ("note", "yellow")}
+    text, style = words.get(finding.kind, ("fault", "red"))
+    return Text(text, style=style)
 
 
 def main(argv: list[str]) -> int:

@@ -118,11 +118,10 @@ def _source(folder: str, backend: str) -> Finding:
 
 def _chip_trees(folder: str, backend: str) -> Iterator[Finding]:
     """The trees that are patched for a chip, beside the source."""
+    from flagscale.patch.chiptree import list_chip_trees
     from flagscale.patch.state import read_state
 
-    for tree in sorted(env.source_dir(folder).parent.glob("*/")):
-        if tree.name == "src" or tree.name.startswith("."):
-            continue
+    for tree in list_chip_trees(env.source_dir(folder)):
         state = read_state(tree)
         found = f"{state.kind}: {', '.join(state.series) or 'no patches'}"
         remedy = f"flagscale install --backend {backend} --device {tree.name}"

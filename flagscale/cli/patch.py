@@ -58,6 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
         add_target(sub)
     for action in ("apply", "export", "verify", "rebase"):
         add_series(subs[action])
+    for action in ("revert", "status", "diff"):
+        subs[action].add_argument("--device-type", metavar="VENDOR_CHIP", help="the tree that was laid for this chip")
     for action in ("apply", "revert"):
         subs[action].add_argument("--stash", action="store_true", help="keep local edits as a patch and take them out")
         subs[action].add_argument("--dry-run", action="store_true", help="show the diff and change nothing")
@@ -186,7 +188,7 @@ def apply(args: argparse.Namespace) -> int:
     outcome = apply_series(tree, layers, options)
     count = sum(len(layer.patches) for layer in layers) - len(outcome.rejects)
     names = ", ".join(layer.name for layer in layers)
-    tell(args, tree, outcome, f"{count} patches of {names} applied to {tree}")
+    tell(args, tree, outcome, f"{count} patch{'es' * (count != 1)} of {names} applied to {tree}")
     return 1 if outcome.rejects else 0
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 CONTROLLER_GRACE_S = 120.0
 """Between SIGTERM and SIGKILL for a controller, seconds: it drains, and waits for its replicas' ends."""
+MARGIN_S = 60.0
+"""The controller gives up a replica after `start_timeout_s` and knows why; the command waits for its word."""
 
 
 def start_service(
@@ -54,7 +56,7 @@ def start_service(
         key = os.environ.get(service.api_key_env) if service.api_key_env else None
         try:
             with show_progress() as show:
-                waiting = Waiting(lambda: interrupts.num > 0, show, service.start_timeout_s)
+                waiting = Waiting(lambda: interrupts.num > 0, show, service.start_timeout_s + MARGIN_S)
                 status = wait_until_ready(run, key, waiting)
         except NotStartedError as error:
             stop_service(run.exp_dir, force=True)

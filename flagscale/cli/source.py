@@ -100,12 +100,12 @@ def fetch(pin: "Pin", dest_dir: Path, chips: Sequence[str], replace: bool) -> in
 
 def report(pin: "Pin", dest_dir: Path, as_json: bool) -> int:
     """Say what the source is, and the trees of chips beside it."""
+    from flagscale.patch.chiptree import list_chip_trees
     from flagscale.patch.source import source_status
     from flagscale.patch.state import read_state
 
     status = source_status(pin, dest_dir)
-    folders = sorted(path for path in dest_dir.parent.glob("*/") if path != dest_dir and not path.name.startswith("."))
-    trees = {path: read_state(path) for path in folders}
+    trees = {path: read_state(path) for path in list_chip_trees(dest_dir)}
     if as_json:
         import json
         from dataclasses import asdict

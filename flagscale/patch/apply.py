@@ -12,7 +12,7 @@ from flagscale.patch.fit import FindBase, Fit, fit_by_hash, fit_by_trial
 from flagscale.patch.series import Series, hash_layers
 from flagscale.patch.stash import Edits, take_result_edits, take_source_edits
 from flagscale.patch.state import Record, find_edits, load_record
-from flagscale.patch.swap import hold_tree, rebuild, remove_old
+from flagscale.patch.swap import hold_tree, rebuild, remove_old, see_results
 from flagscale.patch.upstream import Upstream, find_upstream
 
 
@@ -60,6 +60,7 @@ def apply_series(tree: Path, layers: Sequence[Series], options: Options = Option
     with hold_tree(tree) as hold:
         record = load_record(hold.tree)
         draft = _draft_record(layers, record)
+        seen = see_results(hold.tree, record)
         edits = find_edits(hold.tree, record) if record else ()
         if record and record.patches == draft.patches and not edits:
             return Outcome(False, load_diff(hold.tree), ("the tree is as the series made it: nothing to do",))
@@ -74,7 +75,7 @@ def apply_series(tree: Path, layers: Sequence[Series], options: Options = Option
             unpatched = build_unpatched(hold.tree, fresh, record)
             taken.put_originals(fresh)
             build_patched(hold, fresh, unpatched, fit, draft)
-        kept = remove_old(hold, unpatched.files, taken.made(hold.work / "tree"))
+        kept = remove_old(hold, unpatched.files, taken.made(hold.work / "tree", seen))
     return Outcome(True, fit.stream, fit.notes, rejects, stash, kept)
 
 
@@ -91,6 +92,7 @@ def revert_tree(tree: Path, *, stash: bool = False, dry_run: bool = False) -> Ou
         record = load_record(hold.tree)
         if record is None:
             return Outcome(False, notes=("there are no patches in it",))
+        seen = see_results(hold.tree, record)
         taken = take_result_edits(hold.tree, record, find_edits(hold.tree, record), stash)
         told = tuple(f"earlier edits are kept in {path}; `git apply` brings them back" for path in record.stash)
         if dry_run:
@@ -98,7 +100,7 @@ def revert_tree(tree: Path, *, stash: bool = False, dry_run: bool = False) -> Ou
         kept_in = taken.write(hold.tree)
         with rebuild(hold) as fresh:
             unpatched = build_unpatched(hold.tree, fresh, record)
-        kept = remove_old(hold, unpatched.files, taken.made(hold.work / "tree"))
+        kept = remove_old(hold, unpatched.files, taken.made(hold.work / "tree", seen))
     return Outcome(True, b"", told, stash=kept_in, kept=kept)
 
 

@@ -33,6 +33,8 @@ from flagscale.patch.tree import (
     REGULAR,
     STATE_DIR,
     Content,
+    Digest,
+    folders_above,
     is_derived,
     read_contents,
     write_content,
@@ -130,18 +132,19 @@ def build_patched(hold: Hold, fresh: Path, unpatched: Unpatched, fit: Fit, draft
         PatchError: git made something else of the files than it was to make.
     """
     names = set(fit.expected)
-    base = {name: content.digest for name, content in fit.base.items() if name in names}
-    kept = _keep_base(fresh, base.keys())
-    apply_diff(fresh, fit.stream, hold.work, pass_fds=(hold.lock,))
-    found = {name: content.digest for name, content in read_contents(fresh, names).items()}
+    kept = _keep_base(fresh, fit.base.keys(), fit.made.keys())
+    _write_made(hold, fresh, fit.made, unpatched.files)
+    apply_diff(fresh, fit.rest, hold.work, pass_fds=(hold.lock,))
+    found = {name: content.digest for name, content in read_contents(fresh, names - fit.made.keys()).items()}
+    found |= {name: Digest(fit.base[name].mode, fit.expected[name] or "") for name in fit.made}
     wrong = sorted(n for n in names if (found[n].sha256 if n in found else None) != fit.expected[n])
     if wrong:
         raise PatchError(f"not what the series promises, nothing was changed: {', '.join(map(show_name, wrong))}")
-    _keep_permissions(fresh, fit.stream, kept)
-    made = sorted({str(above) for name in found for above in Path(name).parents[:-1]} - unpatched.folders.keys())
+    _keep_permissions(fresh, fit.rest, kept)
+    made = sorted(folders_above(found) - unpatched.folders.keys())
     record = dataclasses.replace(
         draft,
-        touched={name: Touched(base.get(name), found.get(name)) for name in sorted(names)},
+        touched={name: Touched(fit.base.get(name), found.get(name)) for name in sorted(names)},
         kept=kept,
         made_dirs=tuple(made),
         lost_dirs=tuple(
@@ -170,17 +173,46 @@ def _render_hunk(hunk: Hunk) -> bytes:
     return b"\n".join([head, *hunk.lines])
 
 
-def _keep_base(fresh: Path, names: Set[str]) -> dict[str, str]:
-    """Keep the files that are about to be changed, and Python's caches of them; returns in which file each is kept."""
+def _keep_base(fresh: Path, names: Set[str], moved: Set[str]) -> dict[str, str]:
+    """Keep the files that are about to be changed, and Python's caches of them; returns in which file each is kept.
+
+    moved: those that are moved there; the others stay in their place too, for git
+    """
     base = fresh / BASE_DIR
     base.mkdir(parents=True)
     caches = caches_of(fresh, names)
     kept = {name: str(number) for number, name in enumerate((*sorted(names), *caches))}
-    for name in names:
+    for name in names - moved:
         link_file(f"{fresh}/{name}", f"{base}/{kept[name]}")
-    for name in caches:
-        (fresh / name).rename(base / kept[name])
+    for name in (*moved, *caches):
+        os.rename(f"{fresh}/{name}", f"{base}/{kept[name]}")  # noqa: PTH104
     return kept
+
+
+def _write_made(hold: Hold, fresh: Path, made: Mapping[str, bytes], old: Linked) -> None:
+    """Write the files that need no git, with the permissions and owners of what they were.
+
+    They are made in one folder and moved: in many new folders a file system takes long to place new files.
+    """
+    place = hold.work / "made"
+    place.mkdir()
+    for number, (name, data) in enumerate(made.items()):
+        path = f"{place}/{number}"
+        with open(path, "xb", buffering=0) as file:  # noqa: PTH123
+            file.write(data)
+            if name in old:
+                _match(file.fileno(), old[name])
+        os.rename(path, f"{fresh}/{name}")  # noqa: PTH104
+    place.rmdir()
+
+
+def _match(file: int, was: os.stat_result) -> None:
+    """Give a file owner and permissions of another, if they differ."""
+    now = os.fstat(file)
+    if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
+        os.chown(file, was.st_uid, was.st_gid)
+    if stat.S_IMODE(was.st_mode) != stat.S_IMODE(now.st_mode):
+        os.chmod(file, stat.S_IMODE(was.st_mode))
 
 
 def _keep_permissions(fresh: Path, stream: bytes, kept: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ from flagscale.patch.apply import Outcome, apply_series
 from flagscale.patch.index import Progress, ignore_progress
 from flagscale.patch.pins import Pin
 from flagscale.patch.series import COMMON, SERIES_FILE, Series, load_series
-from flagscale.patch.source import fetch_source, load_manifest, one_at_a_time
+from flagscale.patch.source import MANIFEST, fetch_source, load_manifest, one_at_a_time
 from flagscale.patch.state import read_state
 
 
@@ -27,6 +27,11 @@ def load_layers(hardware: Path, backend: str, chip: str) -> tuple[Series, ...]:
     """
     folders = (hardware / name / backend for name in (COMMON, chip))
     return tuple(load_series(folder) for folder in folders if (folder / SERIES_FILE).is_file())
+
+
+def list_chip_trees(source: Path) -> tuple[Path, ...]:
+    """The trees of chips that lie beside a fetched source."""
+    return tuple(sorted(path.parent for path in source.parent.glob(f"*/{MANIFEST}") if path.parent != source))
 
 
 def lay_tree(
@@ -46,7 +51,8 @@ def lay_tree(
 
     Raises:
         SourceError: the source cannot be had, or a tree that someone has changed is in the way.
-        PatchError: a patch does not fit, or a patched file was edited; the tree is as it was.
+        PatchError: a patch does not fit, a patched file was edited, or the tree's record cannot be read; the tree is
+            as it was.
     """
     fetch_source(pin, source, progress, replace)
     tree = source.parent / chip
@@ -71,8 +77,10 @@ def _must_copy(pin: Pin, tree: Path, replace: bool) -> bool:
     Raises:
         SourceError: the tree would have to be made anew, and someone has changed it.
     """
+    if replace:
+        return True
     state = read_state(tree)
-    if state.kind == "absent" or replace:
+    if state.kind == "absent":
         return True
     manifest = load_manifest(tree)
     if manifest and manifest["pin"] == pin.digest:

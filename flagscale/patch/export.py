@@ -16,7 +16,7 @@ from flagscale.patch.git import make_diffs, try_patches
 from flagscale.patch.series import SERIES_FILE, SUFFIX, Header, Patch, Series, load_series, render_series
 from flagscale.patch.state import load_record
 from flagscale.patch.swap import hold_tree, link_tree, rebuild, remove_old, walk
-from flagscale.patch.tree import list_files, read_content
+from flagscale.patch.tree import folders_above, list_files, read_content
 from flagscale.patch.upstream import Upstream
 
 
@@ -109,7 +109,7 @@ def make_patches(old: Files, new: Files, known: Mapping[str, Header], header: He
 
 def _with_free_names(patches: Sequence[Patch]) -> tuple[Patch, ...]:
     """Rename patches whose file would stand where a folder is: of `a` beside `a.patch/b`, of `series.yaml/b`."""
-    folders = {str(above) for patch in patches for above in Path(patch.name).parents}
+    folders = folders_above(patch.name for patch in patches)
     free = []
     for patch in patches:
         name = patch.name.removesuffix(SUFFIX) + ".file.patch" if patch.name in folders else patch.name

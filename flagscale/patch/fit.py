@@ -7,12 +7,12 @@ release, somebody's edits) is refused unless a three-way merge was asked for.
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from flagscale.patch.diffs import Hunk
+from flagscale.patch.diffs import Hunk, apply_plain
 from flagscale.patch.git import Attempt, make_diffs, merge_contents, try_patches
 from flagscale.patch.series import Hashes, Patch, Series, hash_bytes
-from flagscale.patch.tree import SYMLINK, Content
+from flagscale.patch.tree import SYMLINK, Content, Digest
 
 Files = dict[str, Content]
 FindBase = Callable[[str, str], bytes | None]
@@ -47,16 +47,20 @@ class Fit:
 
     stream: the diff that makes it, of all layers
     expected: SHA-256 of the files afterwards
-    base: the files before
+    base: the files before, as far as there are any
     misfits: what did not fit; unless it is empty, `stream` holds only what did
     notes: what a person should know: merges
+    made: the files afterwards that are made already
+    rest: the part of `stream` that is left to git
     """
 
     stream: bytes
     expected: Hashes
-    base: Files
+    base: dict[str, Digest]
     misfits: tuple[Misfit, ...] = ()
     notes: tuple[str, ...] = ()
+    made: dict[str, bytes] = field(default_factory=dict)
+    rest: bytes = b""
 
 
 def hash_of(files: Mapping[str, Content], name: str) -> str | None:
@@ -65,17 +69,29 @@ def hash_of(files: Mapping[str, Content], name: str) -> str | None:
 
 
 def fit_by_hash(files: Files, layers: Sequence[Series]) -> Fit | None:
-    """The fit of patches whose files are what they were made for; None if any is not, or two layers share a file."""
-    touched = [name for layer in layers for patch in layer.patches for name in patch.names]
-    running = {name: hash_of(files, name) for name in touched}
-    if len(running) < len(touched):
-        return None
-    for layer in layers:
-        for patch in layer.patches:
-            if any(running[name] != patch.base.get(name) for name in patch.names):
-                return None
-            running |= patch.result
-    return Fit(b"".join(layer.stream for layer in layers), running, files)
+    """The fit of patches whose files are what they were made for; None if any is not, or two layers share a file.
+
+    A file that only has lines changed is known by its result: a diff that was made of another file either does not
+    fit or gives another one.
+    """
+    patches = [patch for layer in layers for patch in layer.patches]
+    expected: Hashes = {}
+    made: dict[str, bytes] = {}
+    rest: list[bytes] = []
+    for patch in patches:
+        if expected.keys() & patch.result.keys():
+            return None
+        expected |= patch.result
+        name = next(iter(patch.base))
+        data = apply_plain(files[name].data, patch.diff) if len(patch.base) == 1 and name in files else None
+        if data is not None and hash_bytes(data) == patch.result[name]:
+            made[name] = data
+        elif all(hash_of(files, name) == sha for name, sha in patch.base.items()):
+            rest.append(patch.diff)
+        else:
+            return None
+    base = {name: Digest(files[name].mode, sha) for patch in patches for name, sha in patch.base.items() if sha}
+    return Fit(b"".join(layer.stream for layer in layers), expected, base, made=made, rest=b"".join(rest))
 
 
 def fit_by_trial(files: Files, layers: Sequence[Series], find_base: FindBase | None = None) -> Fit:
@@ -98,7 +114,10 @@ def fit_by_trial(files: Files, layers: Sequence[Series], find_base: FindBase | N
         owners |= {name: layer.name for patch in layer.patches for name in patch.names}
     names = {name for layer in layers for patch in layer.patches for name in patch.names}
     diffs = make_diffs({n: c for n, c in files.items() if n in names}, {n: c for n, c in now.items() if n in names})
-    return Fit(b"".join(diffs), {name: hash_of(now, name) for name in names}, files, tuple(misfits), tuple(notes))
+    stream = b"".join(diffs)
+    expected = {name: hash_of(now, name) for name in names}
+    base = {name: files[name].digest for name in names if name in files}
+    return Fit(stream, expected, base, tuple(misfits), tuple(notes), rest=stream)
 
 
 def _set(files: Files, name: str, content: Content | None) -> None:

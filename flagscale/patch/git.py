@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flagscale.errors import PatchError
 from flagscale.patch.diffs import Change, Hunk, quote, read_change, read_changes, read_hunks, split_diff
-from flagscale.patch.tree import Content, read_content, write_content
+from flagscale.patch.tree import Content, folders_above, read_content, write_content
 
 CONFIG = """[core]
 repositoryformatversion = 0
@@ -191,7 +191,7 @@ def make_diffs(old: Files, new: Files) -> list[bytes]:
 
 def _moves_a_folder_to_be(changes: Sequence[Change]) -> bool:
     """Whether a file moves away and its name becomes a folder: git does not apply that to a symlink."""
-    folders = {str(above) for change in changes for above in Path(change.new or "").parents}
+    folders = folders_above(change.new for change in changes if change.new)
     return any(change.old in folders and change.new not in (None, change.old) for change in changes)
 
 

@@ -10,7 +10,7 @@ from flagscale.patch.fit import hash_of
 from flagscale.patch.git import make_diffs
 from flagscale.patch.series import Series, hash_bytes
 from flagscale.patch.state import Record
-from flagscale.patch.swap import made_by_record
+from flagscale.patch.swap import Seen, made_by_record
 from flagscale.patch.tree import Content, read_content, read_digest, write_content
 from flagscale.patch.upstream import Upstream
 
@@ -43,9 +43,9 @@ class Edits:
         part.replace(path)
         return path
 
-    def made(self, old: Path) -> Callable[[str], bool]:
+    def made(self, old: Path, seen: Seen) -> Callable[[str], bool]:
         """Whether a file of the old tree may go: of our making, or an edited one that is kept as a diff."""
-        of_record = made_by_record(old)
+        of_record = made_by_record(old, None if self.edited else seen)
 
         def may_go(name: str) -> bool:
             kept = self.edited.get(name)

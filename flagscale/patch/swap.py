@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flagscale.errors import PatchError
-from flagscale.patch.state import load_record
+from flagscale.patch.state import Record, load_record
 from flagscale.patch.tree import CACHE_DIR, STATE_DIR, Digest, read_digest
 
 AT_FDCWD = -100
@@ -33,6 +33,9 @@ BASE_DIR = f"{STATE_DIR}/base"
 
 Linked = dict[str, os.stat_result]
 """Files of a tree that a new one has too, by the very inode, with what they were when that was made."""
+
+Seen = dict[str, tuple[int, int]]
+"""Inode and time of the last change (of content or anything else) of files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +108,16 @@ def link_file(src: str, dst: str) -> None:
 
 
 def link_tree(src: Path, dst: Path, is_left: Callable[[str], bool]) -> tuple[list[str], Linked]:
-    """Make `dst`, or fill it, with the folders of `src` and with links to its files but those that are left out.
+    """Make `dst`, with the folders of `src` and with links to its files but those that are left out.
 
     Returns the folders, outermost first, and the files that were linked.
     """
     linked: Linked = {}
     folders, files = walk(src)
-    dst.mkdir(exist_ok=True)
-    for name in folders:
-        (dst / name).mkdir(exist_ok=True)
+    dst.mkdir()
     start, end = f"{src}/", f"{dst}/"
+    for name in folders:
+        os.mkdir(end + name)  # noqa: PTH102
     for name, entry in files.items():
         if not is_left(name):
             linked[name] = entry.stat(follow_symlinks=False)
@@ -191,11 +194,14 @@ def remove_old(hold: Hold, linked: Linked, made: Callable[[str], bool]) -> Path 
     """
     old = hold.work / "tree"
     folders, files = walk(old)
-    is_kept = _make_is_kept(hold.tree / BASE_DIR)
+    base = hold.tree / BASE_DIR
+    kept_inodes = {entry.inode() for entry in os.scandir(base)} if base.is_dir() else set()
+    has_copy = _make_has_copy(old, hold.tree)
     _open_folders(old, folders)
     for name, entry in files.items():
-        is_linked = name in linked and entry.inode() == linked[name].st_ino
-        if is_linked or _is_same(old, hold.tree, name) or is_kept(old, name) or made(name):
+        inode = entry.inode()
+        is_linked = inode in kept_inodes or (name in linked and inode == linked[name].st_ino)
+        if is_linked or made(name) or has_copy(name):
             os.unlink(f"{old}/{name}")  # noqa: PTH108
     for name in reversed(folders):
         with contextlib.suppress(OSError):  # what is kept is in it
@@ -213,30 +219,19 @@ def remove_old(hold: Hold, linked: Linked, made: Callable[[str], bool]) -> Path 
     return kept
 
 
-def _is_same(old: Path, place: Path, name: str) -> bool:
-    try:
-        found, there = os.lstat(f"{old}/{name}"), os.lstat(f"{place}/{name}")
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    if (found.st_dev, found.st_ino) == (there.st_dev, there.st_ino):
-        return True
-    return found.st_size == there.st_size and read_digest(old, name) == read_digest(place, name) is not None
-
-
-def _make_is_kept(base: Path) -> Callable[[Path, str], bool]:
-    """Whether a file is among those that the new tree keeps: the very inode, or a copy."""
-    kept = list(base.iterdir()) if base.is_dir() else []
-    inodes = {(found.st_dev, found.st_ino) for found in map(os.lstat, kept)}
+def _make_has_copy(old: Path, new: Path) -> Callable[[str], bool]:
+    """Whether the new tree has a file of the old one: under its name, or among those that it keeps."""
 
     @functools.cache
-    def digests() -> set[Digest | None]:
-        return {read_digest(base, path.name) for path in kept}
+    def kept() -> set[Digest | None]:
+        base = new / BASE_DIR
+        return {read_digest(base, path.name) for path in base.iterdir()} - {None} if base.is_dir() else set()
 
-    def is_kept(old: Path, name: str) -> bool:
-        found = os.lstat(f"{old}/{name}")
-        return (found.st_dev, found.st_ino) in inodes or (bool(kept) and read_digest(old, name) in digests() - {None})
+    def has_copy(name: str) -> bool:
+        found = read_digest(old, name)
+        return found is not None and (found == read_digest(new, name) or found in kept())
 
-    return is_kept
+    return has_copy
 
 
 def remove_leftovers(hold: Hold) -> None:
@@ -249,15 +244,32 @@ def remove_leftovers(hold: Hold) -> None:
     remove_old(hold, {}, made_by_record(hold.work / "tree"))
 
 
-def made_by_record(old: Path) -> Callable[[str], bool]:
-    """Whether a file of a tree is of our making: what its record says was made, or a cache of that."""
+def see_results(tree: Path, record: Record | None) -> Seen:
+    """What the touched files are now, to know later that they are still what they were compared as."""
+    found = {}
+    for name in record.touched if record else ():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            now = os.lstat(f"{tree}/{name}")
+            found[name] = (now.st_ino, now.st_ctime_ns)
+    return found
+
+
+def made_by_record(old: Path, seen: Seen | None = None) -> Callable[[str], bool]:
+    """Whether a file of a tree is of our making: what its record says was made, or a cache of that.
+
+    seen: files that were found to be what the record says
+    """
     record = load_record(old)
     touched = record.touched if record else {}
 
     def made(name: str) -> bool:
-        if cached := cached_source(name):
-            return cached in touched
-        return name in touched and read_digest(old, name) == touched[name].result
+        if name not in touched:
+            return cached_source(name) in touched
+        if seen and name in seen:
+            now = os.lstat(f"{old}/{name}")
+            if seen[name] == (now.st_ino, now.st_ctime_ns):
+                return True
+        return read_digest(old, name) == touched[name].result
 
     return made
 

@@ -112,6 +112,17 @@ def write_content(path: Path, content: Content) -> None:
         path.chmod(path.stat().st_mode | 0o111)
 
 
+def folders_above(names: Iterable[str]) -> set[str]:
+    """Every folder that a file of these names lies in."""
+    found: set[str] = set()
+    for name in names:
+        above = name.rpartition("/")[0]
+        while above and above not in found:
+            found.add(above)
+            above = above.rpartition("/")[0]
+    return found
+
+
 def is_derived(name: str) -> bool:
     """Whether a file is a cache or a product of an interpreter or a compiler."""
     return name.endswith(DERIVED_SUFFIXES) or CACHE_DIR in name.split("/")

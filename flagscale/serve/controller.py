@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from flagscale.errors import FlagScaleError, UserError
+from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.plan.service import ModelPlan, ServicePlan, decode_service, encode_service
 from flagscale.serve.fleet import Fleet, Post
 from flagscale.serve.folder import (
@@ -86,8 +87,8 @@ class Controller:
 
     # --- the start ---------------------------------------------------------------------------------------------------
 
-    async def restore(self) -> None:
-        """Take over what lives of this very service, end what does not belong to it, and fill what is empty."""
+    async def restore(self) -> list[RunRef]:
+        """Take over what lives of this very service; returns the runs in its folder that do not belong to it."""
         state = find_state(self.exp_dir)
         if state is not None and state.run_id == self.run_id:
             self.service, self.version = decode_service(state.service), state.version
@@ -105,9 +106,8 @@ class Controller:
                 if is_room and (run := await self.fleet.call(self.fleet.find_living, model, seat)):
                     self.fleet.fill(model, seat, self.version, run)
                     kept.add(str(run.exp_dir))
-        strays = [run for run in await self.fleet.call(list_replica_runs, self.exp_dir) if str(run.exp_dir) not in kept]
-        await asyncio.gather(*(self.fleet.call(end_replica, run) for run in strays))
-        self.fit_all()
+        runs = await self.fleet.call(list_replica_runs, self.exp_dir)
+        return [run for run in runs if str(run.exp_dir) not in kept]
 
     def fit_all(self) -> None:
         for model in self.service.models:
@@ -178,7 +178,7 @@ class Controller:
         return self.update
 
     async def _update(self, service: ServicePlan, config: Mapping[str, Any], update: Update) -> None:
-        old, version = self.service, update.version
+        version = update.version
         tell(f"update to version {version} begins")
         try:
             for model in service.models:
@@ -188,7 +188,6 @@ class Controller:
             tell(f"update to version {version} failed: {error}; version {self.version} stays")
             for post in [post for post in self.fleet.posts if post.version == version and post.is_filled]:
                 await self.fleet.retire(post, self.settings.drain_timeout_s)
-            self.service = old
             self.fit_all()
             return
         self.service, self.version = service, version
@@ -196,8 +195,7 @@ class Controller:
         self.origin = self.fleet.origin = replace(self.origin, config=config)
         gone = [post for post in self.fleet.posts if post.version != version and post.is_filled]
         await asyncio.gather(*(self.fleet.retire(post, self.settings.drain_timeout_s) for post in gone))
-        scalers = {model.name: Scaler(model.scaling, self._count_wanted(model)) for model in service.models}
-        self.scalers = scalers
+        self.scalers = {model.name: Scaler(model.scaling, self._count_wanted(model)) for model in service.models}
         self.fit_all()
         update.state, update.message = "done", f"version {version} serves"
         tell(f"update to version {version} is done")
@@ -293,9 +291,11 @@ class Controller:
         with listen(self.settings) as listener:
             tell(f"{self.service.name}: listens on {self.service.url}")
             control = asyncio.create_task(serve_quietly(build_control(self), control_socket))
+            strays = await self.restore()  # first, so that nobody is told that there is no such model
             serving = asyncio.create_task(self.server.serve(sockets=[listener]))
             try:
-                await self.restore()
+                await asyncio.gather(*(self.fleet.call(end_replica, run) for run in strays))
+                self.fit_all()
                 scaling = asyncio.create_task(self.scale())
                 await serving
                 scaling.cancel()

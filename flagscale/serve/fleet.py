@@ -10,6 +10,7 @@ but it finds the same truth as `flagscale status`, also for runs that an earlier
 
 import asyncio
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -131,7 +132,15 @@ class Fleet:
         post = Post(model, seat, version, run=run)
         self.posts.append(post)
         post.keeper = asyncio.create_task(self._keep(post), name=post.name)
+        post.keeper.add_done_callback(lambda task: self._note_mistake(post, task))
         return post
+
+    def _note_mistake(self, post: Post, task: "asyncio.Task[None]") -> None:
+        """A keeper that ends by an exception of its own leaves a post that says so."""
+        if not task.cancelled() and (error := task.exception()):
+            post.cause = Cause("other", f"the controller made a mistake: {error!r}")
+            post.enter("failed")
+            self.tell(f"{post.name}: {post.cause}\n{''.join(traceback.format_exception(error))}")
 
     async def retire(self, post: Post, drain_s: float) -> None:
         """Empty a seat: no new requests, wait for those in flight, end the run."""
@@ -183,7 +192,7 @@ class Fleet:
             self._let_in(post, post.run)
             self.tell(f"{post.name}: run {post.run.run_id} is at {url_of(post.run, post.job)}")
             return await self._watch(post, post.run)
-        except FlagScaleError as error:
+        except (FlagScaleError, OSError) as error:
             return Cause("other", str(error))
 
     def _start(self, post: Post) -> RunRef:

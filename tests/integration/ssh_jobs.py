@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ rank = os.environ["RANK"]
 here = Path(__file__).parent
 if rank in os.environ.get("FAIL_AT_START", "").split(","):
     sys.exit("out of luck")
+if rank in os.environ.get("FILL_DISK", "").split(","):
+    with open(os.environ["FILL_AT"], "wb") as file:
+        while file.write(bytes(1 << 20)):
+            pass
 dist.init_process_group("gloo")
 import torch
 total = torch.ones(1)
@@ -92,7 +96,7 @@ class Bench:
             self.hosts.command(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.base
         )
 
-    def call(self, *words: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def call(self, *words: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
         """A verb of the command in a process of its own, in the control namespace."""
         with self.popen(*words) as process:
             try:
@@ -138,13 +142,25 @@ def wait_for(is_so: Callable[[], object], patience_s: float = PATIENCE_S) -> Non
 
 def pid_of(bench: Bench, rank: int) -> int:
     """The process of a rank as this test sees it, from within no namespace of a host."""
-    token = bench.run.load_spec(bench.run.labels[0]).token
+    needles = {f"FLAGSCALE_RUN_TOKEN={bench.run.load_spec(label).token}".encode() for label in bench.run.labels}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = (folder / "environ").read_bytes().split(b"\0")
-            if f"FLAGSCALE_RUN_TOKEN={token}".encode() in words and f"RANK={rank}".encode() in words:
+            words = set((folder / "environ").read_bytes().split(b"\0"))
+            if words & needles and f"RANK={rank}".encode() in words:
                 return int(folder.name)
     raise AssertionError(f"no process of rank {rank}")
+
+
+@contextlib.contextmanager
+def watch_bystander(bench: Bench, host: str = "h1") -> Iterator[None]:
+    """A process of somebody else that looks like the job's, and bears a token: it has to live on."""
+    words = ["bash", "-c", f"FLAGSCALE_RUN_TOKEN=another exec -a 'python -m torchrun {bench.base}/rank.py' sleep 1000"]
+    with subprocess.Popen(bench.hosts.command(words, host)) as process:
+        try:
+            yield
+            assert process.poll() is None, "somebody else's process was ended"
+        finally:
+            process.kill()
 
 
 def is_empty(folder: Path) -> bool:

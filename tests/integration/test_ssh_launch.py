@@ -5,12 +5,13 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hosts import MakeHosts, missing
-from ssh_jobs import PATIENCE_S, Bench, is_empty, pid_of, wait_for
+from ssh_jobs import PATIENCE_S, Bench, is_empty, pid_of, wait_for, watch_bystander
 
 pytest_plugins = ("host_fixtures",)
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -22,13 +23,18 @@ MakeBench = Callable[..., Bench]
 
 
 @pytest.fixture
-def make_bench(make_hosts: MakeHosts, tmp_path: Path) -> MakeBench:
-    def make(num_hosts: int = 2, private_dirs: tuple[Path, ...] = ()) -> Bench:
-        base = tmp_path / "base"
-        base.mkdir()
-        return Bench(make_hosts(num_hosts, private_dirs), base)
+def make_bench(make_hosts: MakeHosts, tmp_path: Path) -> Iterator[MakeBench]:
+    """Hosts, on the first of which somebody else's process has to live on whatever the test does."""
+    with ExitStack() as stack:
 
-    return make
+        def make(num_hosts: int = 2, private_dirs: tuple[Path, ...] = ()) -> Bench:
+            base = tmp_path / "base"
+            base.mkdir()
+            bench = Bench(make_hosts(num_hosts, private_dirs), base)
+            stack.enter_context(watch_bystander(bench))
+            return bench
+
+        yield make
 
 
 def known_hosts(bench: Bench) -> Path:
@@ -253,6 +259,26 @@ def test_watchers_killed_at_one_stroke_leave_nothing_after_a_stop(make_bench: Ma
     assert bench.list_left() == []
 
 
+@pytest.mark.slow
+def test_a_launch_ends_what_a_stale_run_left(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.write()
+    assert bench.launch().returncode == 0
+    stale = [int(line.split()[0]) for line in bench.list_left()]
+    for pid in stale:
+        os.kill(pid, signal.SIGSTOP)  # they outlive the SIGTERM that the kernel sends
+    for host, state in zip(("h1", "h2"), bench.status()["hosts"], strict=True):
+        words = ["kill", "-KILL", str(state["agent_pid"]), str(state["guard_pid"])]
+        subprocess.run(bench.hosts.command(words, host), check=True)
+    wait_for(lambda: bench.status()["state"] == "lost")
+    assert bench.status()["num_leftovers"] == len(stale)
+    assert bench.launch().returncode == 0
+    assert bench.status()["state"] == "running"
+    assert not [pid for pid in stale if Path(f"/proc/{pid}").exists()]
+    assert bench.call("stop", str(bench.exp_dir)).returncode == 0
+    assert bench.list_left() == []
+
+
 def test_an_agent_that_does_not_start_ends_the_others(make_bench: MakeBench) -> None:
     """h2 runs out of what it needs only after it was asked: its interpreter is replaced by one that starts no agent."""
     bench = make_bench()
@@ -266,7 +292,12 @@ def test_an_agent_that_does_not_start_ends_the_others(make_bench: MakeBench) -> 
     assert done.returncode == 1
     assert "1 of 2 hosts cannot take part; all were ended" in done.stderr
     assert bench.list_left() == []
-    assert bench.status()["hosts"][0]["state"] == "stopped"
+    assert [host["state"] for host in bench.status()["hosts"]] == ["stopped", "never_started"]
+    shown = bench.call("status", str(bench.exp_dir))
+    assert (shown.returncode, "never_started" in shown.stdout, shown.stderr) == (0, True, "")
+    assert bench.call("stop", str(bench.exp_dir)).returncode == 0
+    nothing = bench.call("status", str(bench.base))
+    assert (nothing.returncode, "Traceback" in nothing.stderr) == (2, False)
 
 
 def test_a_launcher_that_stays_ends_the_job_when_a_host_is_cut_off(make_bench: MakeBench) -> None:

@@ -83,3 +83,12 @@ def test_four_hosts_learn_what_one_does(make_hosts: MakeHosts, data: Path, tmp_p
     alone = train(bench, data, "alone")
     spread = train(bench, data, "spread", *over_hosts(bench, *(f"h{number} slots=1" for number in (3, 1, 4, 2))))
     assert spread == pytest.approx(alone, abs=1e-3)
+
+
+def test_two_places_of_ray_learn_what_one_host_does(make_hosts: MakeHosts, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    bench = Bench(make_hosts(2), tmp_path)
+    as_debian_does(bench)
+    alone = train(bench, data, "alone")
+    spread = train(bench, data, "ray", *over_hosts(bench, "h2 slots=1", "h1 slots=1"), "+experiment.runner.type=ray")
+    assert spread == pytest.approx(alone, abs=1e-3)

@@ -4,12 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hosts import MakeHosts, missing
-from ssh_jobs import Bench, is_empty, pid_of, wait_for
+from ssh_jobs import Bench, is_empty, pid_of, wait_for, watch_bystander
 
 from flagscale.runner.launch.stacks import find_py_spy
 
@@ -23,23 +24,31 @@ MakeBench = Callable[..., Bench]
 
 
 @pytest.fixture
-def make_bench(make_hosts: MakeHosts, tmp_path: Path) -> MakeBench:
-    """Hosts with an `exp` folder of their own; the program and the configuration are on all of them."""
+def make_bench(make_hosts: MakeHosts, tmp_path: Path) -> Iterator[MakeBench]:
+    """Hosts with an `exp` folder of their own; the program and the configuration are on all of them.
 
-    def make(num_hosts: int = 2, **runner: object) -> Bench:
-        base = tmp_path / "base"
-        (base / "exp").mkdir(parents=True)
-        bench = Bench(make_hosts(num_hosts, (base / "exp",)), base)
-        bench.write(num_hosts, no_shared_fs=True, **runner)
-        return bench
+    On the first somebody else's process has to live on whatever the test does.
+    """
+    with ExitStack() as stack:
 
-    return make
+        def make(num_hosts: int = 2, **runner: object) -> Bench:
+            base = tmp_path / "base"
+            (base / "exp").mkdir(parents=True)
+            bench = Bench(make_hosts(num_hosts, (base / "exp",)), base)
+            bench.write(num_hosts, no_shared_fs=True, **runner)
+            stack.enter_context(watch_bystander(bench))
+            return bench
+
+        yield make
+
+
+def run_at(bench: Bench, host: str, *words: str) -> str:
+    return subprocess.run(bench.hosts.command(words, host), capture_output=True, text=True, check=True).stdout
 
 
 def list_files(bench: Bench, host: str) -> set[str]:
     """The files below the experiment folder as the host itself has them."""
-    words = ["find", str(bench.exp_dir), "-type", "f", "-printf", "%P\n"]
-    return set(subprocess.run(bench.hosts.command(words, host), capture_output=True, text=True).stdout.split())
+    return set(run_at(bench, host, "find", str(bench.exp_dir), "-type", "f", "-printf", "%P\n").split())
 
 
 def test_a_life_without_a_shared_folder(make_bench: MakeBench, tmp_path: Path) -> None:
@@ -125,15 +134,51 @@ def test_a_killed_agent_ends_the_others_by_the_wire(make_bench: MakeBench) -> No
 
 def test_files_are_placed_on_all_hosts_or_on_none(make_bench: MakeBench) -> None:
     bench = make_bench()
-    words = ["mount", "-t", "tmpfs", "-o", "size=16k", "tiny", str(bench.exp_dir)]
-    subprocess.run(bench.hosts.command(words, "h2"), check=True)
-    subprocess.run(bench.hosts.command(["sh", "-c", f"yes | head -c 8000 > {bench.exp_dir}/full"], "h2"), check=True)
+    run_at(bench, "h2", "touch", str(bench.exp_dir / "runs"))
+    done = bench.launch()
+    assert done.returncode == 2
+    assert "1 of 2 hosts cannot take part; nothing was started\n  h2  cannot write " in done.stderr
+    assert "runs is a file; expected a folder" in done.stderr
+    assert list_files(bench, "h1") == set()
+    assert list_files(bench, "h2") == {"runs"}
+    assert is_empty(bench.exp_dir)
+
+
+def test_a_disk_that_is_full_before_the_launch_is_told(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    run_at(bench, "h2", "mount", "-t", "tmpfs", "-o", "size=1m", "tiny", str(bench.exp_dir))
     done = bench.launch()
     assert done.returncode == 1
-    assert "1 of 2 hosts cannot take part; nothing was started\n  h2 " in done.stderr
-    assert list_files(bench, "h1") == set()
-    assert list_files(bench, "h2") == {"full"}
-    assert is_empty(bench.exp_dir)
+    assert f"h2  its disk is full: 1 MiB are free in {bench.exp_dir}; expected 64 at least" in done.stderr
+    assert list_files(bench, "h1") | list_files(bench, "h2") == set()
+
+
+def test_a_rank_that_fills_its_host_s_disk_is_named(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    run_at(bench, "h2", "mount", "-t", "tmpfs", "-o", "size=80m", "small", str(bench.exp_dir))
+    done = bench.launch("+experiment.envs.FILL_DISK='1'", f"+experiment.envs.FILL_AT={bench.exp_dir}/filled")
+    if done.returncode == 0:
+        wait_for(lambda: bench.status()["ended"])
+    wait_for(lambda: bench.list_left() == [])
+    state = bench.status()
+    assert (state["state"], state["reason"]) == ("failed", "host_1_h2: rank 1 ended with exit code 1")
+    assert [host["state"] for host in state["hosts"]] == ["stopped", "failed"]
+    assert bench.call("stop", str(bench.exp_dir)).returncode == 0
+
+
+def test_a_killed_launcher_is_followed_by_another(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    with bench.popen("run", str(bench.base / "conf" / "config.yaml"), "--foreground") as launcher:
+        wait_for(lambda: (bench.exp_dir / "runs" / "current").exists() and bench.status()["state"] == "running")
+        os.kill(launcher.pid, signal.SIGKILL)
+        launcher.communicate()
+    with bench.popen("logs", "-f", str(bench.exp_dir)) as follower:
+        wait_for(lambda: bench.status()["state"] == "running")
+        (bench.base / "go").touch()
+        out, _ = follower.communicate(timeout=180)
+    assert "host_1_h2 | [default0]:rank 1 is done" in out
+    assert bench.status()["state"] == "succeeded"
+    assert bench.list_left() == []
 
 
 @pytest.mark.slow

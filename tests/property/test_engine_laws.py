@@ -1,6 +1,5 @@
 """Whatever arrives, in whatever order, under whatever shortage: the same answers, and every page accounted for."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +9,8 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from engine_adapters import make_tensors  # noqa: E402
+from engine_load import check_books  # noqa: E402
 from engine_models import VOCAB, make_model  # noqa: E402
 
 from flagscale.inference.engine import Engine, EngineConfig, OutputSum, SamplingParams  # noqa: E402
@@ -30,6 +31,7 @@ class Arrival:
     prompt: tuple[int, ...]
     params: SamplingParams
     abort_at: int | None
+    adapter: str | None
 
 
 def arrivals() -> st.SearchStrategy[list[Arrival]]:
@@ -49,18 +51,13 @@ def arrivals() -> st.SearchStrategy[list[Arrival]]:
         prompt_logprobs=st.sampled_from([None, None, 0]),
     )
     abort_at = st.one_of(st.none(), st.none(), st.integers(0, 20))
-    return st.lists(st.builds(Arrival, st.integers(0, 12), prompt, params, abort_at), min_size=1, max_size=10)
+    adapter = st.sampled_from([None, None, "a", "b"])
+    return st.lists(st.builds(Arrival, st.integers(0, 12), prompt, params, abort_at, adapter), min_size=1, max_size=10)
 
 
-def check_books(engine: Engine) -> None:
-    """Each page has the owners that its samples say, and nobody owns a page while waiting."""
-    pool, scheduler = engine._pool, engine._scheduler
-    owners = Counter(page for sample in scheduler.running for page in sample.pages)
-    assert all(pool.owners[page] == owners[page] for page in range(pool.num_pages + 1))
-    assert all(not sample.pages for sample in scheduler.waiting)
-    assert pool.num_available == pool.num_pages - len(owners)
-    assert len(scheduler.running) <= engine.config.max_running
-    assert scheduler.running == sorted(scheduler.running, key=lambda sample: sample.priority)
+def load_adapters(engine: Engine) -> None:
+    for seed, name in enumerate("ab"):
+        engine.load_adapter(name, make_tensors(seed, size=1.0), {"r": 2, "lora_alpha": 2})
 
 
 def play(engine: Engine, script: list[Arrival]) -> dict[int, OutputSum]:
@@ -69,7 +66,7 @@ def play(engine: Engine, script: list[Arrival]) -> dict[int, OutputSum]:
     while engine.has_work or step <= max(each.at for each in script):
         for i, each in enumerate(script):
             if each.at == step:
-                engine.add_request(each.prompt, each.params, str(i))
+                engine.add_request(each.prompt, each.params, str(i), each.adapter)
                 sums[i] = OutputSum(str(i), each.prompt, each.params.n)
             if each.abort_at == step:
                 for delta in engine.abort(str(i)):
@@ -93,14 +90,16 @@ def test_every_answer_is_what_it_would_be_alone(
     )  # fmt: skip
     engine = Engine(make_model(), config=config)
     assert engine.metrics.num_pages == num_pages
+    load_adapters(engine)
     sums = play(engine, script)
     assert engine.unfinished == ()
     assert engine._texts == {}
     assert engine.metrics.num_pages_used == 0
     lone = Engine(make_model(), config=EngineConfig(page_size=64, prefix_caching=False, max_tokens_per_step=2048))
+    load_adapters(lone)
     for i, each in enumerate(script):
         assert sums[i].is_complete
-        told, (alone,) = sums[i].total(), lone.generate([each.prompt], each.params)
+        told, (alone,) = sums[i].total(), lone.generate([each.prompt], each.params, each.adapter)
         for mine, true in zip(told.completions, alone.completions, strict=True):
             if mine.finish_reason != "abort":
                 assert mine.token_ids == true.token_ids

@@ -237,7 +237,7 @@ def test_a_number_in_another_notation_is_passed_over(number: str) -> None:
 # --- the archive -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files", [archive.AGENT, archive.ERRANDS])
+@pytest.mark.parametrize("files", [archive.AGENT, archive.KEEPER, archive.ERRANDS, archive.SURVEY])
 def test_an_archive_needs_only_the_standard_library_and_itself(files: tuple[str, ...]) -> None:
     allowed = {*sys.stdlib_module_names}
     own = {"flagscale." + file.removesuffix(".py").replace("/", ".") for file in files} | {"flagscale.runner.launch"}
@@ -249,7 +249,7 @@ def test_an_archive_needs_only_the_standard_library_and_itself(files: tuple[str,
 
 
 def test_the_agent_uses_the_names_of_the_environment_module() -> None:
-    assert (procs.TOKEN, watch.RANK_DIR) == (env.RUN_TOKEN, env.RANK_DIR)
+    assert (procs.TOKEN, procs.KEPT, watch.RANK_DIR) == (env.RUN_TOKEN, env.KEPT_TOKEN, env.RANK_DIR)
 
 
 def test_equal_sources_give_equal_archives_that_run_without_this_package(tmp_path: Path) -> None:

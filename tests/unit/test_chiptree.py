@@ -1,5 +1,6 @@
 """A tree for each chip beside upstream's; and what a launch asks of it, writes down of it, and compares."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -7,14 +8,17 @@ import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from factories import load, train_tree
 
 from flagscale import env
+from flagscale.cli import doctor
+from flagscale.cli import source as source_verb
 from flagscale.cli.rerun import check_trees_unchanged
 from flagscale.errors import PatchError, SourceError, UserError
-from flagscale.patch.chiptree import lay_tree, load_layers
+from flagscale.patch.chiptree import lay_tree, list_chip_trees, load_layers
 from flagscale.patch.export import make_patches, write_series
 from flagscale.patch.pins import Pin
 from flagscale.patch.series import Header, Series, hash_layers
@@ -38,7 +42,7 @@ def make_pin(folder: Path, files: dict[str, bytes] = FILES) -> Pin:
     """A pin whose archive lies where a fetch looks first, so that nothing is downloaded."""
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / "toy-1.0.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
+    with gzip.GzipFile(archive, "wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(f"toy-1.0/{name}")
             member.size = len(content)
@@ -84,6 +88,8 @@ def test_each_chip_has_a_tree_of_its_own_and_upstream_s_stays_untouched(folder: 
     assert read_state(cpu).series == ("Common/Megatron-LM", "Generic_CPU/Megatron-LM")
     assert source_status(pin, folder / "src").state == "ready"
     assert read_state(folder / "src").kind == "clean"
+    (folder / "Generic_CPU.stash").mkdir()
+    assert list_chip_trees(folder / "src") == (cpu, gpu)
     assert (cpu / CORE).stat().st_ino != (folder / "src" / CORE).stat().st_ino
 
 
@@ -171,8 +177,12 @@ def test_a_launch_asks_for_the_patches_of_the_chip_and_names_the_command_that_me
     with pytest.raises(UserError, match=f"has other patches than hardware/{CHIP} says: {mend}"):
         check_trees(plan, expect_patches(plan))
     (folder / CHIP / ".flagscale-patch" / "state.json").write_text("{")
-    with pytest.raises(UserError, match=f"not a record of a patched tree.*{mend}"):
+    with pytest.raises(UserError, match=f"not a record of a patched tree.*{mend[:-1]} --replace`"):
         check_trees(plan, expected)
+    with pytest.raises(PatchError, match="not a record of a patched tree"):
+        lay(folder, hardware)
+    lay(folder, hardware, replace=True)
+    check_trees(plan, expect_patches(plan))
 
 
 def test_what_the_user_s_own_shell_may_bring_is_no_fault(folder: Path) -> None:
@@ -220,3 +230,34 @@ def test_every_state_has_words(folder: Path, tmp_path: Path) -> None:
     (folder / "src" / ".flagscale-patch").mkdir()
     (folder / "src" / ".flagscale-patch" / "state.json").write_text("{")
     assert query_trees(plan)[0]["kind"] == "unknown"
+
+
+# the verbs
+
+
+def test_the_verbs_tell_of_every_tree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pin = make_pin(folder)
+    assert source_verb.fetch(pin, folder / "src", source_verb.find_chips(["cpu"], pin.name), replace=False) == 0
+    assert f"patched for {CHIP} in {folder / CHIP}" in capsys.readouterr().out
+    assert source_verb.report(pin, folder / "src", as_json=False) == 0
+    said = capsys.readouterr().out
+    assert f"Megatron-LM: ready; toy 1.0 (v1) in {folder / 'src'}, commit " in said
+    assert f"{CHIP}: patched by Common/Megatron-LM, Generic_CPU/Megatron-LM; {folder / CHIP}" in said
+    (folder / CHIP / CORE).write_bytes(b"mine\n")
+    assert source_verb.report(pin, folder / "src", as_json=True) == 0
+    (tree,) = json.loads(capsys.readouterr().out)["trees"]
+    assert (tree["kind"], tree["changed"]) == ("drifted", [f"{CORE} (edited)"])
+    (finding,) = doctor._chip_trees("Megatron-LM", "megatron")
+    assert finding.found == "drifted: Common/Megatron-LM, Generic_CPU/Megatron-LM"
+    assert finding.remedy == "flagscale install --backend megatron --device Generic_CPU"
+
+
+@pytest.mark.usefixtures("folder")
+def test_without_a_word_the_chips_of_this_machine_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed = SimpleNamespace(chip=SimpleNamespace(name="NVIDIA"))
+    monkeypatch.setattr("flagscale.chips.probe.probe_host", lambda: probed)
+    assert source_verb.find_chips([], "Megatron-LM") == ("NVIDIA", CHIP)
+    assert source_verb.find_chips([], "vllm") == ()
+    assert source_verb.find_chips(["A800", "gpu"], "Megatron-LM") == ("NVIDIA",)
+    with pytest.raises(UserError, match=r"A1000: no such chip; .*did you mean `A100`"):
+        source_verb.find_chips(["A1000"], "Megatron-LM")

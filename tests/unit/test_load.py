@@ -74,7 +74,7 @@ def test_faults_are_placed_in_files_and_overrides(tmp_path: Path, monkeypatch: p
         ("experiment.runner.per_node_task", "maybe", "is `maybe`; expected true or false"),
         ("experiment.runner.master_port", 70000, "is `70000`; expected less than or equal to 65535"),
         ("experiment.runner.backend", "-c", "is `-c`; expected the name or the path of a program"),
-        ("experiment.runner.type", "shh", "is `shh`; expected ssh, local or cloud; did you mean `ssh`?"),
+        ("experiment.runner.type", "shh", "is `shh`; expected ssh, local, cloud, ray or slurm; did you mean `ssh`?"),
         ("experiment.runner", ["ssh"], 'is `["ssh"]`; expected a mapping'),
         ("experiment.exp_name", 3, "is `3`; expected a string (in quotes, where YAML reads a number)"),
         ("experiment.exp_dir", "", "is ``; expected String should have at least 1 character"),

@@ -38,6 +38,10 @@ class HostOfTest:
             for label, request in requests.items()
         }
 
+    def run_all(self, commands: dict[str, Any], _limit_s: float) -> dict[str, reach.Reply]:
+        assert not commands  # hosts that share a folder are asked so
+        return {}
+
     def each(self, labels: Any, run: Any) -> dict[str, Any]:
         return {label: run(label) for label in labels}
 
@@ -118,6 +122,7 @@ def test_a_run_without_a_shared_folder_is_known_as_such(tmp_path: Path) -> None:
     spec = run.load_spec("host_1_b")
     assert (spec.meet_host, spec.meet_port, spec.leads) == ("localhost", int(VALUES["master_port"]), False)
     assert run.load_spec("host_0_a").leads
+    assert spec.meet_key == run.load_spec("host_0_a").meet_key != ""
     record = load_record(run, "host_1_b")
     assert record.mirror == run.folder / "fetched" / "host_1_b"
     assert not record.is_watched

@@ -13,6 +13,8 @@ import pytest
 from factories import host_plan, hosts, job_plan, process
 
 from flagscale.cli import check as verb
+from flagscale.errors import UserError
+from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import preflight
 from flagscale.runner.launch.preflight import Finding, survey_hosts
 from flagscale.runner.launch.reach import Links, Reply
@@ -51,9 +53,9 @@ def survey_faked(plan: JobPlan, monkeypatch: pytest.MonkeyPatch, **facts: dict[s
         found: dict[str, Reply] = {}
         for label in requests:
             own = dict(facts.get(label.rsplit("_", 1)[1], {}))
-            fault, faults = own.pop("fault", None), own.pop("faults", [])
+            fault, more = own.pop("fault", None), {name: own.pop(name, []) for name in ("faults", "notes")}
             told = {"time": time.time(), **FACTS, **own}
-            answer = {"faults": faults, "port": 29500, "facts": told} if errand == "survey" else {"fault": None}
+            answer = {**more, "port": 29500, "facts": told} if errand == "survey" else {"fault": None}
             found[label] = Reply({} if fault else answer, fault)
         return found
 
@@ -90,26 +92,24 @@ def test_everything_wrong_is_told_of_its_host(tmp_path: Path, monkeypatch: pytes
         monkeypatch,
         node1={"fault": "cannot be reached: no route"},
         node2={"faults": [["user", "entry point x.py is missing"]], "free_bytes": 5 << 20},
-        node3={"time": 1.0, "num_devices": 4},
+        node3={"time": 1.0, "notes": ["not checked"]},
         node4={"python": "3.12.0", "versions": {"torch": None}},
-        node5={"trees": {"/src": ("patched by a (f00)", "b")}, "chip": "Generic_CPU", "num_devices": 0},
+        node5={"trees": {"/src": ("patched by a (f00)", "b")}},
         node6={"environ": {"NCCL_SOCKET_IFNAME": "ib0"}},
         node7={"peer_interface": None},
     )
     wrong = wrong_of(findings)
     assert set(wrong) == {
         *(("node1", "reach"), ("node2", "job"), ("node2", "disk"), ("node3", "clock"), ("node3", "chips")),
-        *(("node4", "python"), ("node4", "versions"), ("node5", "source"), ("node5", "chips")),
-        *(("node6", "network"), ("node7", "network")),
+        *(("node4", "python"), ("node4", "versions"), ("node5", "source"), ("node6", "network"), ("node7", "network")),
     }
     assert wrong["node1", "reach"] == "cannot be reached: no route"
     assert "5 MiB are free" in wrong["node2", "disk"]
     assert "s behind the launcher's" in wrong["node3", "clock"]
-    assert wrong["node3", "chips"] == "is to start 8 ranks on 4 devices"
+    assert wrong["node3", "chips"] == "not checked"
     assert wrong["node4", "python"] == "has another python than node0: 3.12.0; expected 3.11.7"
     assert "torch missing; expected torch 2.13.0" in wrong["node4", "versions"]
     assert "patched by a (f00); expected upstream's files" in wrong["node5", "source"]
-    assert "is to have NVIDIA (A800), and has no accelerator" in wrong["node5", "chips"]
     assert wrong["node6", "network"].startswith("NCCL_SOCKET_IFNAME=ib0: there is no interface ib0; expected one of ")
     assert "no interface leads to node0" in wrong["node7", "network"]
     assert verb.exit_code_of(findings) == 1
@@ -147,10 +147,22 @@ def test_an_interface_that_is_named_must_be_there_and_up(
     assert (wrong or "") in (told or "")
 
 
-def test_a_slot_of_a_cpu_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {name: {"chip": "Generic_CPU", "num_devices": 0} for name in ("node0", "node1")}
-    for chip in ("cpu", None):
-        assert wrong_of(survey_faked(make_plan(tmp_path, 2, chip), monkeypatch, **facts)) == {}
+def test_a_note_is_told_and_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = {"chip": "Generic_CPU", "num_devices": 0}
+    findings = survey_faked(make_plan(tmp_path), monkeypatch, node0=none, node1={"free_bytes": 70 << 20})
+    assert [finding.text for finding in findings if (finding.host, finding.check) == ("node0", "chips")] == ["64 cores"]
+    assert verb.exit_code_of(findings) == 0
+    verb.print_table(findings)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("node1: note: only 70 MiB are free for ")
+
+
+def test_hosts_that_a_scheduler_will_choose_cannot_be_asked(tmp_path: Path) -> None:
+    row = host_plan(process(), host=Host("node0", 8, is_placeholder=True))
+    with pytest.raises(UserError, match="none can be asked before"):
+        survey_hosts(job_plan(row, exp_dir=str(tmp_path / "exp"), launcher="slurm"), {})
+    assert not (tmp_path / "exp").exists()
 
 
 def test_this_machine_is_asked_without_ssh(tmp_path: Path) -> None:

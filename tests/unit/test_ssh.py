@@ -139,7 +139,8 @@ def send_errand(**request: Any) -> dict[str, Any]:
     """As a host runs it: the archive and one line on standard input, nothing of this package on the path."""
     archive = build_archive(ERRANDS)
     text = f"{len(archive)}\n".encode() + archive + json.dumps(request).encode() + b"\n"
-    done = subprocess.run([sys.executable, "-I", "-c", errands.BOOT.format(module="errands")], input=text, capture_output=True, cwd="/")
+    boot = errands.BOOT.format(module="errands")
+    done = subprocess.run([sys.executable, "-I", "-c", boot], input=text, capture_output=True, cwd="/")
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer

@@ -24,7 +24,7 @@ WHY = Notice("host_1_b", "rank 3 died of SIGKILL")
 def make_wires(folder: Path, count: int = 3, **fields: Any) -> list[Wire]:
     """The head's first."""
     port = find_free_port()
-    meeting = {"meet_host": "127.0.0.1", "meet_port": port, **fields}
+    meeting = {"meet_host": "127.0.0.1", "meet_port": port, "meet_key": "t", **fields}
     return [
         Wire(make_spec(folder, f"host_{number}_{name}", leads=number == 0, **meeting))
         for number, name in zip(range(count), "abcdef", strict=False)
@@ -176,7 +176,11 @@ def test_the_files_of_hosts_become_the_same(tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir()
     a, b, c = (
-        Peers(make_spec(folder, f"host_{number}_x", leads=number == 0, meet_host="127.0.0.1", meet_port=port))
+        Peers(
+            make_spec(
+                folder, f"host_{number}_x", leads=number == 0, meet_host="127.0.0.1", meet_port=port, meet_key="k"
+            )
+        )
         for number, folder in enumerate(folders)
     )
     for peer in (b, c, a):
@@ -194,8 +198,8 @@ def test_the_files_of_hosts_become_the_same(tmp_path: Path) -> None:
 def test_a_disk_that_takes_nothing_ends_no_less(tmp_path: Path) -> None:
     port = find_free_port()
     (tmp_path / "a").mkdir()
-    whole = Peers(make_spec(tmp_path / "a", leads=True, meet_host="127.0.0.1", meet_port=port))
-    full = Peers(make_spec(tmp_path / "missing", "host_1_b", meet_host="127.0.0.1", meet_port=port))
+    whole = Peers(make_spec(tmp_path / "a", leads=True, meet_host="127.0.0.1", meet_port=port, meet_key="k"))
+    full = Peers(make_spec(tmp_path / "missing", "host_1_b", meet_host="127.0.0.1", meet_port=port, meet_key="k"))
     full.find_notice()
     full.tell("no space left")
     full.find_notice()

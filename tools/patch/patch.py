@@ -19,6 +19,7 @@ from flagscale.cli import main as flagscale
 
 TASKS = ("train", "inference", "serve", "compress", "rl", "post_train")
 OF_FLAGSCALE = "a chip's support in this toolkit is no patch set but part of it (docs/chips.md); name a backend"
+OF_FLAGSCALE = "a chip's support in this toolkit is no patch set but part of it (docs/chips.md); name a backend"
 HEADER = ("why", "how", "upstream", "remove-when")
 
 
@@ -48,10 +49,8 @@ def find_fault(args: argparse.Namespace) -> str | None:
         return "--key-path: patches are never encrypted, so that everybody can read and verify them"
     if args.device_type and not re.fullmatch(r"[A-Z][A-Za-z0-9]*_[A-Za-z0-9]+", args.device_type):
         return f"--device-type {args.device_type}: expected Vendor_Chip, as in Metax_C550"
-    if "FlagScale" in args.backend:
-        return (
-            "--backend FlagScale: a chip's support in this toolkit is part of it (docs/chips.md); export backends only"
-        )
+    if set(args.backend) == {"FlagScale"}:
+        return f"--backend FlagScale: {OF_FLAGSCALE}"
     if args.tree and len(set(args.backend) - {"FlagScale"}) > 1:
         return "--tree names one source, and there are several backends; export them one by one"
     return None

@@ -58,7 +58,9 @@ def main(argv: Sequence[str]) -> int:
     device = args.device_type or ("Common" if not args.no_fs_extension else None)
     words = [f"--{word}" for word in ("stash", "dry-run") if getattr(args, word.replace("-", "_"))]
     words += ["--tree", args.tree] if args.tree else []
-    if not args.revert:
+    if args.revert:
+        words += ["--device-type", args.device_type] if args.device_type else []
+    else:
         words += [f"--{word}" for word in ("3way", "partial") if getattr(args, word)]
         words += ["--device-type", device] if device else []
         words += ["--task", args.task] if args.task else []

@@ -7,6 +7,7 @@ Read it in this order: `request` and `pages` (what there is), `prefix` and `sche
     outputs = engine.generate(["Once upon a time"], SamplingParams(max_tokens=32, temperature=0))
 """
 
+from flagscale.inference.engine.adapters import Adapter
 from flagscale.inference.engine.async_engine import AsyncEngine
 from flagscale.inference.engine.config import EngineConfig
 from flagscale.inference.engine.engine import Engine
@@ -15,6 +16,7 @@ from flagscale.inference.engine.outputs import Completion, Delta, OutputSum, Req
 from flagscale.inference.engine.sampling import SamplingParams
 
 __all__ = [
+    "Adapter",
     "AsyncEngine",
     "Completion",
     "Delta",

@@ -7,13 +7,16 @@ that its reader leaves, by `break`, cancellation or an exception, aborts its req
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from flagscale.errors import FlagScaleError
+from flagscale.inference.engine.adapter_files import read_adapter
+from flagscale.inference.engine.adapters import Adapter, AdapterSource
 from flagscale.inference.engine.engine import Engine, Prompt
 from flagscale.inference.engine.metrics import EngineMetrics
 from flagscale.inference.engine.outputs import Delta
@@ -52,7 +55,11 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.shutdown)
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        adapter: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """The deltas of one request as they come, ended by the last one of its last sample.
 
@@ -67,7 +74,7 @@ class AsyncEngine:
 
         def add() -> None:
             nonlocal num_open
-            self._engine.add_request(prompt, params, name)
+            self._engine.add_request(prompt, params, name, adapter)
             self._streams[name] = stream
             num_open = params.n
 
@@ -93,6 +100,25 @@ class AsyncEngine:
     async def update_weights(self, version: Version, tensors: Tensors) -> None:
         """As `Engine.update_weights`, between two steps."""
         await self._call(lambda: self._engine.update_weights(version, tensors))
+
+    async def load_adapter(
+        self,
+        name: str,
+        source: AdapterSource,
+        config: Mapping[str, Any] | None = None,
+        version: Version | None = None,
+    ) -> Adapter:
+        """As `Engine.load_adapter`, between two steps; a folder is read before they are kept waiting."""
+        if isinstance(source, str | Path):
+            source = await asyncio.to_thread(read_adapter, source)
+        return await self._call(lambda: self._engine.load_adapter(name, source, config, version))
+
+    async def drop_adapter(self, name: str) -> None:
+        """As `Engine.drop_adapter`, between two steps."""
+        await self._call(lambda: self._engine.drop_adapter(name))
+
+    async def adapters(self) -> tuple[Adapter, ...]:
+        return await self._call(self._engine.adapters)
 
     async def sleep(self) -> None:
         """As `Engine.sleep`: streams stay open and wait."""

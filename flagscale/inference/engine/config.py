@@ -30,6 +30,8 @@ class EngineConfig:
     max_model_len: int | None = None
     """prompt and output together; None: what the model's configuration says"""
     prefix_caching: bool = True
+    adapter_bytes: int = 256 * 1024**2
+    """memory for all LoRA adapters that are loaded at the same time"""
     seed: int | None = None
     """requests without a seed of their own draw it from this one; None: from the system"""
 

@@ -7,7 +7,7 @@ the samples of a prompt part, choose tokens, tell. `AsyncEngine` puts a thread a
 
 import itertools
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from typing import Any
 import torch
 
 from flagscale.errors import FlagScaleError, UserError
+from flagscale.inference.engine.adapters import Adapter, AdapterSource
 from flagscale.inference.engine.config import EngineConfig
 from flagscale.inference.engine.metrics import EngineMetrics, Meter
 from flagscale.inference.engine.model import ModelRunner, load_model
 from flagscale.inference.engine.outputs import Delta, FinishReason, OutputSum, RequestOutput, TokenLogprob
 from flagscale.inference.engine.pages import PagePool
+from flagscale.inference.engine.prefix import ROOT
 from flagscale.inference.engine.request import Request, RequestTable, Sample, Version
 from flagscale.inference.engine.sampler import Choice, SampleRow, choose, prompt_logprobs
-from flagscale.inference.engine.sampling import SamplingParams
+from flagscale.inference.engine.sampling import SamplingParams, check_tokens_exist
 from flagscale.inference.engine.scheduler import Chunk, Scheduler
-from flagscale.inference.engine.text import TextStream
+from flagscale.inference.engine.text import TextStream, find_end_tokens, load_tokenizer
 from flagscale.inference.engine.weights import Tensors, apply_update, name_views, plan_update
 
 Prompt = str | Sequence[int]
@@ -61,7 +63,7 @@ class Engine:
         self._names = itertools.count()
         self._seeds = secrets.randbits(63) if self.config.seed is None else self.config.seed
         self._vocab_size = int(self._runner.text_config.vocab_size)
-        self._eos = _find_eos(model, tokenizer)
+        self._eos = find_end_tokens(model, tokenizer)
 
     @classmethod
     def from_folder(
@@ -120,16 +122,20 @@ class Engine:
         return tokens
 
     def add_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        adapter: str | None = None,
     ) -> Request:
-        """Queue a request; its tokens come from `step`.
+        """Queue a request, of the adapter with this name or of the model itself; its tokens come from `step`.
 
         Raises:
-            UserError: the prompt or the parameters cannot be right for this model; nothing was queued.
+            UserError: the prompt, the parameters or the adapter cannot be right; nothing was queued.
         """
         params = params or SamplingParams()
         tokens = self.encode(prompt)
-        _check_tokens_exist(params, self._vocab_size)
+        check_tokens_exist(params, self._vocab_size)
         if params.stop and self.tokenizer is None:
             raise UserError("sampling.stop: this engine has no tokenizer; expected stop_token_ids")
         room = self.max_model_len - len(tokens)
@@ -143,6 +149,8 @@ class Engine:
             arrival=self._table.next_arrival(),
             seed=self._next_seed() if params.seed is None else params.seed,
             max_tokens=params.max_tokens or room,
+            adapter=adapter,
+            root=ROOT if adapter is None else self._runner.adapters.get(adapter).root,
         )
         self._table.add(request)
         self._scheduler.add(request.add_sample())
@@ -187,7 +195,10 @@ class Engine:
         return deltas
 
     def generate(
-        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Answer all prompts and return when the last is done; other requests go on meanwhile, untold.
 
@@ -203,7 +214,7 @@ class Engine:
         sums: dict[str, OutputSum] = {}
         try:
             for prompt, one in zip(prompts, each, strict=True):
-                request = self.add_request(prompt, one)
+                request = self.add_request(prompt, one, adapter=adapter)
                 sums[request.request_id] = OutputSum(request.request_id, request.prompt, request.params.n)
             while any(not total.is_complete for total in sums.values()):
                 for delta in self.step():
@@ -227,6 +238,43 @@ class Engine:
         apply_update(copies)
         self._scheduler.preempt_all(forget=True)
         self.version = version
+
+    def load_adapter(
+        self,
+        name: str,
+        source: AdapterSource,
+        config: Mapping[str, Any] | None = None,
+        version: Version | None = None,
+    ) -> Adapter:
+        """Load a LoRA adapter from a folder in PEFT's format, or from tensors and a configuration as PEFT names them.
+
+        It takes the place of the one that has its name: the running samples of that one go on from the tokens that they
+        have, computed again under the new one. `version` labels it; None: the number of the load.
+
+        Raises:
+            UserError: it cannot be read, or does not fit the model or the memory; nothing was changed.
+        """
+        adapter = self._runner.adapters.load(name, source, config, version)
+        users = self._table.users_of(name)
+        self._scheduler.preempt(users)
+        for request in users:
+            request.restart(adapter.root)
+        return adapter
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter that no unfinished request uses.
+
+        Raises:
+            UserError: there is no such adapter, or it is in use; nothing was changed.
+        """
+        if users := self._table.users_of(name):
+            told = ", ".join(f"`{each.request_id}`" for each in users[:3]) + (", .." if len(users) > 3 else "")
+            raise UserError(f"adapter `{name}`: {len(users)} unfinished requests use it: {told}")
+        self._runner.adapters.drop(name)
+
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The loaded adapters, in the order in which their names came."""
+        return self._runner.adapters.values()
 
     def sleep(self) -> None:
         """Give back the memory of keys and values; requests wait, and are computed again after `wake`."""
@@ -317,6 +365,7 @@ class Engine:
             stop_match=told.match,
             num_cached_tokens=sample.num_cached,
             prompt_logprobs=tuple(request.prompt_logprobs) if is_first and sample.index == 0 else (),
+            adapter_version=None if request.adapter is None else self._runner.adapters.get(request.adapter).version,
         )
         if told.reason is not None:
             self._end(sample, told.reason)
@@ -331,16 +380,6 @@ class Engine:
             self._table.remove(request)
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in a folder, or None where there is none."""
-    from transformers import AutoTokenizer
-
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if not any((Path(folder) / name).is_file() for name in names):
-        return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def _wanted(chunk: Chunk) -> range:
     """The positions whose logits are needed."""
     if chunk.sample.request.must_see_prompt:
@@ -353,20 +392,3 @@ def _find_max_len(runner: ModelRunner, config: EngineConfig) -> int:
     model = getattr(runner.text_config, "max_position_embeddings", None)
     limits = (config.max_model_len, model, runner.num_pages * config.page_size)
     return min(int(limit) for limit in limits if limit is not None)
-
-
-def _find_eos(model: Any, tokenizer: Any) -> frozenset[int]:
-    """What ends a text, by everyone who has a say in it."""
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
-    return frozenset(found)
-
-
-def _check_tokens_exist(params: SamplingParams, vocab_size: int) -> None:
-    named = {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
-    for name, tokens in named.items():
-        wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
-        if wrong is not None:
-            raise UserError(f"sampling.{name}: the model has no token {wrong}; expected 0 to {vocab_size - 1}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flagscale.errors import UserError
+from flagscale.inference.engine.adapters import AdapterSpan, AdapterTable
 from flagscale.inference.engine.attention import NAME, AttentionPlan, ShapeProbe, Span, make_plan, register, sort_key
 from flagscale.inference.engine.config import EngineConfig
 from flagscale.inference.engine.kv_cache import KVCache, LayerShape, plan_num_pages
@@ -58,6 +59,7 @@ class ModelRunner:
         _check_rope(self.text_config)
         self.device: torch.device = model.device
         self.layers = _probe(model)
+        self.adapters = AdapterTable(model, config.adapter_bytes)
         self._page_size = config.page_size
         self.num_pages = plan_num_pages(self.layers, config.page_size, model.dtype.itemsize, config.kv_cache_bytes)
         self.cache: KVCache | None = None
@@ -80,14 +82,19 @@ class ModelRunner:
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
+        adapted: list[AdapterSpan] = []
         for i in order:
             chunk = chunks[i]
+            adapted.append(
+                AdapterSpan(chunk.sample.request.adapter, len(tokens), chunk.count, len(rows), len(wanted[i]))
+            )
             rows.extend(at - chunk.start + len(tokens) for at in wanted[i])
             spans.append(replace(whole[i], row=len(tokens)))
             tokens.extend(chunk.sample.tokens[chunk.start : chunk.stop])
             positions.extend(range(chunk.start, chunk.stop))
         plan = make_plan(spans, self.cache, self.device)
-        logits = self._run(tokens, positions, rows or [0], plan)[: len(rows)]
+        with self.adapters.step(adapted):
+            logits = self._run(tokens, positions, rows or [0], plan)[: len(rows)]
         parts = dict(zip(order, logits.split([len(wanted[i]) for i in order]), strict=True))
         return [parts[i] for i in range(len(chunks))]
 

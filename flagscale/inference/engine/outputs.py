@@ -26,6 +26,7 @@ class Delta:
     text may lag behind the tokens: half a character, or what may yet become a stop text, is held back
     logprobs: one for each token, empty where none were asked for
     version: of the weights that these tokens were sampled from
+    adapter_version: of the adapter, for a request that has one
     stop_match: the text or token that ended it, for finish reason `stop`
     prompt_logprobs: in the first delta of sample 0, for each token of the prompt after its first
     """
@@ -40,11 +41,15 @@ class Delta:
     stop_match: str | int | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    adapter_version: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One finished sample; `versions` says from which output token on which weights were used."""
+    """One finished sample; `versions` says from which output token on which weights were used.
+
+    adapter_versions: the same of its adapter; empty where it has none
+    """
 
     index: int
     token_ids: tuple[int, ...]
@@ -53,6 +58,7 @@ class Completion:
     finish_reason: FinishReason
     stop_match: str | int | None
     versions: tuple[tuple[int, int | str], ...]
+    adapter_versions: tuple[tuple[int, int | str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +79,14 @@ class _Sum:
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     versions: list[tuple[int, int | str]] = field(default_factory=list)
+    adapter_versions: list[tuple[int, int | str]] = field(default_factory=list)
     last: Delta | None = None
 
     def add(self, delta: Delta) -> None:
-        if delta.token_ids and (not self.versions or self.versions[-1][1] != delta.version):
-            self.versions.append((len(self.tokens), delta.version))
+        told = ((self.versions, delta.version), (self.adapter_versions, delta.adapter_version))
+        for versions, version in told:
+            if version is not None and delta.token_ids and (not versions or versions[-1][1] != version):
+                versions.append((len(self.tokens), version))
         self.tokens.extend(delta.token_ids)
         self.text.append(delta.text)
         self.logprobs.extend(delta.logprobs)
@@ -94,6 +103,7 @@ class _Sum:
             finish_reason=self.last.finish_reason,
             stop_match=self.last.stop_match,
             versions=tuple(self.versions),
+            adapter_versions=tuple(self.adapter_versions),
         )
 
 

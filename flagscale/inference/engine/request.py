@@ -77,6 +77,12 @@ class Request:
         """Every position of the prompt has to go through the model, cached or not."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1
 
+    def restart(self, root: bytes) -> None:
+        """Nothing that was computed of it is right any more; its pages are found under `root` from here on."""
+        self.root = root
+        for sample in self.samples:
+            sample.keys.clear()
+
     def add_sample(self) -> Sample:
         sample = Sample(self, len(self.samples), list(self.prompt))
         self.samples.append(sample)
@@ -111,6 +117,10 @@ class RequestTable:
 
     def find(self, request_id: str) -> Request | None:
         return self._requests.get(request_id)
+
+    def users_of(self, adapter: str) -> tuple[Request, ...]:
+        """The unfinished requests that use an adapter."""
+        return tuple(request for request in self._requests.values() if request.adapter == adapter)
 
     def remove(self, request: Request) -> None:
         del self._requests[request.request_id]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flagscale.errors import ConfigError, Fault
+from flagscale.errors import ConfigError, Fault, UserError
 
 MAX_TOP_LOGPROBS = 1024
 LogprobsOf = Literal["raw", "sampled"]
@@ -92,3 +92,15 @@ def _find_faults(params: SamplingParams) -> Iterator[Fault]:
     for token, bias in params.logit_bias.items():
         if math.isnan(bias) or bias == math.inf:
             yield Fault(f"sampling.logit_bias.{token}", f"{bias} is no bias", "a finite number, or -inf to forbid")
+
+
+def check_tokens_exist(params: SamplingParams, vocab_size: int) -> None:
+    """
+    Raises:
+        UserError: a setting names a token that the model does not have.
+    """
+    named = {"logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+    for name, tokens in named.items():
+        wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"sampling.{name}: the model has no token {wrong}; expected 0 to {vocab_size - 1}")

@@ -14,7 +14,7 @@ The scheduler owns no memory and no tensor: it composes the pages, the prefix ca
 """
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from flagscale.inference.engine.config import EngineConfig
@@ -101,6 +101,12 @@ class Scheduler:
         elif sample in self.waiting:
             self.waiting.remove(sample)
         self._release(sample)
+
+    def preempt(self, requests: Collection[Request]) -> None:
+        """What was computed of these requests is wrong now: they wait again, and look for other pages."""
+        for sample in reversed(tuple(self.running)):
+            if sample.request in requests:
+                self._preempt(sample)
 
     def preempt_all(self, forget: bool) -> None:
         """All running samples wait again; with `forget` nothing that was computed is used again."""

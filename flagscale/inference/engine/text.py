@@ -7,7 +7,8 @@ output add up to the text of decoding it at once, for every tokenizer whose deco
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -76,3 +77,22 @@ def _overlap(text: str, stop: str) -> int:
     """How much of the end of `text` is the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in a folder, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if not any((Path(folder) / name).is_file() for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def find_end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends a text, by everyone who has a say in it."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
+    return frozenset(found)

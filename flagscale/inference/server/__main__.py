@@ -28,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     say("--threads", type=int, help="threads of torch (default: torch's own choice)")
     say("--max-model-len", type=int, help="tokens of prompt and output together (default: the model's)")
     say("--kv-cache-bytes", default="512MiB", help="memory for keys and values (default: %(default)s)")
+    say("--adapter-bytes", default="256MiB", help="memory for LoRA adapters (default: %(default)s)")
     say("--page-size", type=int, default=16, help="tokens in a page of it (default: %(default)s)")
     say("--max-running", type=int, default=64, help="samples computed at once (default: %(default)s)")
     say("--max-tokens-per-step", type=int, default=512, help="tokens in one run of the model (default: %(default)s)")
@@ -57,6 +58,7 @@ def parse_options(argv: list[str] | None = None) -> ServerOptions:
         max_body_bytes=parse_bytes(args.max_body_bytes),
         engine=EngineConfig(
             kv_cache_bytes=parse_bytes(args.kv_cache_bytes),
+            adapter_bytes=parse_bytes(args.adapter_bytes),
             page_size=args.page_size,
             max_running=args.max_running,
             max_tokens_per_step=args.max_tokens_per_step,

@@ -16,7 +16,7 @@ from flagscale.inference.server.asking import Prompt
 from flagscale.inference.server.bodies import SamplingBody
 from flagscale.inference.server.faults import RequestError, error_body, error_of
 from flagscale.inference.server.pieces import Piece, PieceReader
-from flagscale.inference.server.service import Service
+from flagscale.inference.server.service import ServedModel, Service
 from flagscale.inference.server.shapes import Shape
 from flagscale.inference.server.streams import EventStream, Merged, stay_with
 from flagscale.inference.server.token_text import TokenTable
@@ -39,7 +39,7 @@ class Answer:
     shape: Shape
     reader: PieceReader
     wants_logprobs: bool
-    model: str
+    model: ServedModel
     id: str = ""
     started: float = field(default_factory=time.monotonic)
 
@@ -52,8 +52,8 @@ class Answer:
             RequestError: the engine could not answer.
             ClientDisconnect: nobody is left to answer.
         """
-        running = self.service.running
-        merged = Merged([running.generate(prompt.tokens, prompt.params) for prompt in self.prompts])
+        running, adapter = self.service.running, self.model.adapter_name
+        merged = Merged([running.generate(prompt.tokens, prompt.params, adapter=adapter) for prompt in self.prompts])
         deltas = merged.read()
         try:
             if not self.body.stream:
@@ -130,8 +130,8 @@ class Answer:
             "id": self.id,
             "object": kind,
             "created": int(time.time()),
-            "model": self.model,
-            "system_fingerprint": f"weights-{self.reader.version}",
+            "model": self.model.name,
+            "system_fingerprint": self.reader.fingerprint,
         }
 
     def _usage(self) -> dict[str, Any]:

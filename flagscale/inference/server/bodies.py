@@ -86,6 +86,21 @@ class ChatBody(SamplingBody):
     """further variables of the model's template, as `enable_thinking`"""
 
 
+class LoadAdapterBody(BaseModel):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str = Field(min_length=1)
+    lora_path: str
+    load_inplace: bool = False
+    """replace the adapter that has this name"""
+
+
+class UnloadAdapterBody(BaseModel):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
 class UpdateBody(BaseModel):
     """POST /update_weights_from_disk."""
 

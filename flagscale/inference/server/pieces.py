@@ -65,7 +65,8 @@ class PieceReader:
     tells_tokens: bool = False
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
-    version: int | str = 0
+    fingerprint: str = "weights-0"
+    """the versions of weights and adapter that the newest token came from"""
     _offsets: dict[int, int] = field(default_factory=dict)
     _prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
 
@@ -77,7 +78,9 @@ class PieceReader:
         """The piece that a delta of prompt `number` adds."""
         prompt = self.prompts[number]
         piece = Piece(number * prompt.params.n + delta.index)
-        self.version = delta.version
+        self.fingerprint = f"weights-{delta.version}"
+        if delta.adapter_version is not None:
+            self.fingerprint += f"-adapter-{delta.adapter_version}"
         if piece.index not in self._offsets:
             self._begin(piece, number, delta)
         if not self.drops_output:

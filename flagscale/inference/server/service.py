@@ -8,11 +8,12 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from flagscale.errors import UserError
-from flagscale.inference.engine import AsyncEngine, Engine
+from flagscale.inference.engine import Adapter, AsyncEngine, Engine
 from flagscale.inference.server.disk_weights import read_weights
 from flagscale.inference.server.faults import RequestError, refusal_of
 from flagscale.inference.server.metrics import RequestMeter
@@ -20,6 +21,18 @@ from flagscale.inference.server.token_text import TokenTable
 
 State = Literal["loading", "ready", "asleep", "draining"]
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a name in a request stands for: the model, or one of its adapters."""
+
+    name: str
+    adapter: Adapter | None = None
+
+    @property
+    def adapter_name(self) -> str | None:
+        return None if self.adapter is None else self.adapter.name
 
 
 class Service:
@@ -73,16 +86,40 @@ class Service:
     def is_open(self) -> bool:
         return self._running is not None
 
-    def check_model(self, name: str | None) -> str:
-        """The name to answer with.
+    async def find_model(self, name: str | None) -> ServedModel:
+        """What a request by this name gets; without a name, the model itself.
 
         Raises:
             RequestError: 404, another model was asked for.
         """
         if name is None or name in self.names:
-            return name or self.names[0]
-        message = f"there is no model `{name}` here; there is {', '.join(f'`{each}`' for each in self.names)}"
+            return ServedModel(name or self.names[0])
+        served = await self.list_models()
+        for each in served:
+            if each.name == name:
+                return each
+        message = f"there is no model `{name}` here; there is {', '.join(f'`{each.name}`' for each in served)}"
         raise RequestError(message, param="model", code="model_not_found", status=404)
+
+    async def list_models(self) -> list[ServedModel]:
+        """The model by all its names, then its adapters."""
+        adapters = await self.running.adapters()
+        return [ServedModel(name) for name in self.names] + [ServedModel(each.name, each) for each in adapters]
+
+    async def load_adapter(self, name: str, folder: str, replaces: bool) -> Adapter:
+        """Serve the adapter in a folder by this name.
+
+        Raises:
+            RequestError: the name belongs to something else.
+            UserError: it cannot be read, or does not fit the model or the memory.
+        """
+        if name in self.names:
+            raise RequestError(f"lora_name: `{name}` is the model itself; expected another name", param="lora_name")
+        loaded = [each.name for each in await self.running.adapters()]
+        if name in loaded and not replaces:
+            message = f"lora_name: an adapter `{name}` is loaded; expected load_inplace: true to replace it"
+            raise RequestError(message, param="lora_name")
+        return await self.running.load_adapter(name, folder)
 
     async def call_encoder(self, work: Callable[[], Result], param: str) -> Result:
         """Work of a tokenizer or a template, off the event loop.

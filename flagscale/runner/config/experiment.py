@@ -43,7 +43,7 @@ _OF_BASH = frozenset(
 def _check_variable(name: str) -> str:
     if not _VARIABLE.fullmatch(name):
         raise ValueError("a name of a variable: letters, digits and _, no digit first")
-    if name in (env.RUN_TOKEN, env.RANK_DIR):
+    if name in (env.RUN_TOKEN, env.KEPT_TOKEN, env.RANK_DIR):
         raise ValueError("another name: the launcher itself sets this variable")
     if name in _OF_BASH:
         raise ValueError("another name: bash sets this variable itself")

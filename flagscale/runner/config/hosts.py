@@ -86,6 +86,9 @@ def _check_scheduled(experiment: Experiment, faults: list[Fault]) -> None:
     elif kind == "rl" and runner.type == "ray":
         text = "is ray, but a task of type rl starts a Ray cluster over its hosts by itself"
         faults.append(Fault(path, text, expected="ssh or slurm"))
+    if runner.docker:
+        text = f"is set, but with runner.type {runner.type} agents start on the host itself"
+        faults.append(Fault("experiment.runner.docker", text, expected="ssh"))
     if runner.no_shared_fs:
         text = f"is true, but with runner.type {runner.type} agents are told of the run through its folder"
         faults.append(Fault("experiment.runner.no_shared_fs", text, expected="a folder that all hosts share"))

@@ -19,7 +19,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 from flagscale.runner.launch import procs
@@ -61,7 +60,7 @@ def run_agent(spec: Spec, secrets: dict[str, str], ready: int, guard_pid: int) -
         os.close(ready)
         watch.run()
     except Exception:  # whatever it was, the guard must learn of it by the exit code, and a person by the log
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         return 1
     return 0
 
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> int:
             leave_terminal(spec)
             guard(spec, secrets, ready)
         except Exception:  # nobody is left to raise to
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
             os._exit(1)
         os._exit(0)
     os.close(ready)

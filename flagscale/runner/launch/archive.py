@@ -32,6 +32,7 @@ SURVEY = (
     *(f"runner/launch/{name}.py" for name in ("network", "survey")),
 )
 """what `flagscale check` sends along"""
+RAY_ERRANDS = (*ERRANDS, *(f"runner/launch/{name}.py" for name in ("ray_errands", "ray_place")))
 _ROOT = Path(__file__).resolve().parents[2]
 _MAINS = {AGENT: "agent", KEEPER: "keeper"}
 _MAIN = "import sys\n\nfrom flagscale.runner.launch.{} import main\n\nsys.exit(main(sys.argv))\n"

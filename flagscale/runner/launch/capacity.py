@@ -6,10 +6,13 @@ What cannot be seen is told and not guessed: a host whose vendor's tool is missi
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flagscale.chips.probe import Probe, probe_host
 from flagscale.chips.records import find_chip
 from flagscale.runner.plan.job import HostPlan, JobPlan
+
+if TYPE_CHECKING:
+    from flagscale.chips.probe import Probe
 
 LEAST_FREE_BYTES = 64 << 20
 """for scripts, journals and the first lines of a log; what a job itself writes only its user knows"""
@@ -30,7 +33,13 @@ def find_disk_faults(plan: JobPlan) -> Iterator[str]:
             yield f"its disk takes no more files: no inode is free in {folder}"
 
 
-def weigh_chips(host: HostPlan, probe: Callable[[], Probe] = probe_host) -> tuple[str | None, str | None]:
+def _probe() -> "Probe":
+    from flagscale.chips.probe import probe_host  # hosts of CPU ranks are not probed, and need not load it
+
+    return probe_host()
+
+
+def weigh_chips(host: HostPlan, probe: "Callable[[], Probe]" = _probe) -> tuple[str | None, str | None]:
     """(fault, note) on the ranks of a host and the chips that are seen there.
 
     Without a `type=` the chips are those that are found, so that ranks on the CPU of a host with accelerators have to

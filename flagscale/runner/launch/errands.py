@@ -38,7 +38,6 @@ from flagscale.runner.launch.checks import check_outputs, check_programs, choose
 from flagscale.runner.launch.files import NewFile, Written, write_all
 from flagscale.runner.launch.journal import find_rank_files, load_events, load_spec, read_tail
 from flagscale.runner.launch.notice import Notice, write_notice
-from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.plan.job import JobPlan, decode_plan
 
 TAIL_BYTES = 1 << 14
@@ -87,6 +86,13 @@ def _find_living(plan: JobPlan, known_run: str | None) -> str | None:
     return None
 
 
+def _check_patches(request: dict[str, Any], plan: JobPlan) -> None:
+    if request["patches"]:
+        from flagscale.runner.launch.sources import check_trees
+
+        check_trees(plan, request["patches"])
+
+
 def _find_faults(request: dict[str, Any], plan: JobPlan, unshared: str | None) -> Iterator[tuple[str, str]]:
     folders = (Path(plan.exp_dir), Path(plan.log_dir))
     if unshared and not plan.no_shared_fs:
@@ -99,7 +105,7 @@ def _find_faults(request: dict[str, Any], plan: JobPlan, unshared: str | None) -
     yield from (("launch", text) for text in find_disk_faults(plan))
     for look in (
         partial(check_programs, plan, os.environ),
-        partial(check_trees, plan, request["patches"]),
+        partial(_check_patches, request, plan),
         partial(check_outputs, plan),
     ):
         try:

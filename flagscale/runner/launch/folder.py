@@ -206,6 +206,7 @@ def make_spec(plan: JobPlan, host: HostPlan, run_id: str, token: str, grace_s: f
         interface_vars=host.interface_vars,
         meet_host=plan.master_addr if is_wired else "",
         meet_port=port if is_wired else 0,
+        meet_key=token if is_wired else "",
         leads=is_wired and host is plan.hosts[0],
     )
 
@@ -393,3 +394,8 @@ def find_current(exp_dir: Path) -> RunRef | None:
         return load_ref(exp_dir, run_id) if is_run_id(run_id) else None
     except RunError:
         return None
+
+
+def find_cluster(run: RunRef) -> RunRef | None:
+    """The Ray cluster that was started for a run, itself a run (`ray_cluster.py`); None where there is none."""
+    return find_current(run.folder / "ray") if run.launcher == "ray" else None

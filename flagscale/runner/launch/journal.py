@@ -77,6 +77,8 @@ class Spec:
     meet_host: str = ""
     meet_port: int = 0
     """where the agents of hosts without a shared folder speak to each other (`wire.py`); 0 where they do not"""
+    meet_key: str = ""
+    """what they sign with: of the run, where `token` is of this host alone"""
     leads: bool = False
     """this agent is the one that listens there"""
 

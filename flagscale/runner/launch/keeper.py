@@ -28,11 +28,12 @@ from flagscale.runner.launch.journal import Spec, load_spec, write_small
 from flagscale.runner.launch.network import interface_env
 from flagscale.runner.launch.place import Keeper
 from flagscale.runner.launch.ports import find_free_port
-from flagscale.runner.launch.procs import TOKEN, Proc, find_proc, is_same_alive, send_signal
+from flagscale.runner.launch.procs import KEPT, TOKEN, Proc, find_proc, is_same_alive, send_signal
 
 MASTER_ADDR, SECOND_ADDR = "FLAGSCALE_MASTER_ADDR", "FLAGSCALE_SECOND_ADDR"
 """the names of `slurm_script.py`: the first machine that a scheduler chose, and the second"""
 POLL_S = 0.5
+PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
 
 def split_environment(env: Mapping[str, str], secrets: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -74,8 +75,9 @@ def keep_place(spec: Spec, parent: int) -> int:
         for proc in watchers:
             send_signal(proc, signum)
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in PASSED_ON:
         signal.signal(signum, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     while any(is_same_alive(proc.pid, proc.start_time) for proc in watchers):
         if os.getppid() != parent:
             return 1
@@ -89,6 +91,7 @@ def main(argv: list[str]) -> int:
     if argv[1:] == ["--port"]:
         print(find_free_port() or "")
         return 0
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is an agent to pass them on to
     parent = os.getppid()
     what, spec_path, *secrets = argv[1:]
     spec = load_spec(Path(spec_path))
@@ -101,7 +104,7 @@ def main(argv: list[str]) -> int:
         print(f"{spec.label}: the secret {error} is not set where {what} starts the job", file=sys.stderr)
         return 1
     peer = env.get(SECOND_ADDR if spec.node_rank == 0 else MASTER_ADDR, "")
-    env = {**interface_env(spec.interface_vars, peer), **env}
+    env = {**interface_env(spec.interface_vars, peer), **env, KEPT: spec.token}
     agent = Path(argv[0]).with_name("agent.pyz")
     line = json.dumps(values) + "\n"
     done = subprocess.run([sys.executable, "-I", str(agent), spec_path], input=line, env=env, text=True, cwd="/")

@@ -26,6 +26,10 @@ def submit_job(
         from flagscale.runner.launch import slurm
 
         return slurm.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
+    if plan.launcher == "ray":
+        from flagscale.runner.launch import ray
+
+        return ray.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
     if all(host.host.is_local for host in plan.hosts) and plan.docker is None:
         return local.submit_job(plan, config=config, command=command, env=env, grace_s=grace_s)
     from flagscale.runner.launch import ssh

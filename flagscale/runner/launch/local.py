@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +24,12 @@ from flagscale.runner.launch.checks import (
     choose_port,
     gather_secrets,
 )
-from flagscale.runner.launch.ending import ask_to_end, catch_interrupts
+from flagscale.runner.launch.ending import ask_to_end, catch_interrupts, tell_to_end
 from flagscale.runner.launch.files import make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
     describe_job,
+    find_cluster,
     find_current,
     hold_lock,
     list_files,
@@ -46,6 +48,7 @@ from flagscale.runner.plan.job import JobPlan, LaunchName
 GRACE_S = 30.0
 """Between SIGTERM and SIGKILL at a stop, seconds: torchrun gives its own ranks as long."""
 HANDOVER_LIMIT_S = 60.0
+CLUSTER_LIMIT_S = 60.0
 
 
 def start_job(
@@ -138,12 +141,32 @@ def refuse_living(run: RunRef, records: Sequence[HostRecord]) -> None:
                 f"{run.exp_dir} already holds a job that runs: {run.run_id}, since {since}; "
                 f"stop it with `flagscale stop {run.run_id}`, or use another `experiment.exp_dir`"
             )
+    end_cluster(run)
     queue = find_queue(run)
     if queue is not None and queue.phase in ("pending", "running"):
         raise LaunchError(
             f"{run.exp_dir} already holds run {run.run_id}: {queue}; "
             f"stop it with `flagscale stop {run.run_id}`, or use another `experiment.exp_dir`"
         )
+
+
+def end_cluster(run: RunRef) -> None:
+    """Wait for the end of the Ray cluster of a run that has ended itself.
+
+    Raises:
+        LaunchError: it does not end.
+    """
+    cluster = find_cluster(run)
+    if cluster is None:
+        return
+    tell_to_end(cluster, "the next launch")
+    deadline = time.monotonic() + CLUSTER_LIMIT_S
+    while any(record.is_alive for record in load_records(cluster)):
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"the Ray cluster of run {run.run_id} does not end; stop it with `flagscale stop {run.run_id}`"
+            )
+        time.sleep(0.2)
 
 
 def strip_secrets(plan: JobPlan, env: Mapping[str, str]) -> dict[str, str]:

@@ -6,14 +6,16 @@ kernel sends to another host of the job is right on any network, so that one is 
 host's chip. It is the lowest word: the host's environment, `cmds.before_start` and `experiment.envs` go before it.
 """
 
-import array
 import contextlib
 import fcntl
-import ipaddress
 import socket
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Address, IPv6Address
 
 LOOPBACK = "lo"
 _SIOCGIFCONF, _SIOCGIFFLAGS = 0x8912, 0x8913
@@ -37,11 +39,13 @@ def list_interfaces() -> dict[str, bool]:
 
 def find_interface(host: str) -> str | None:
     """The interface by which this host sends to `host`; None where that has no address or no route, or is this host."""
+    from ipaddress import ip_address
+
     try:
         family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # of a datagram socket: the kernel looks for the route, and nothing is sent
-            source = ipaddress.ip_address(probe.getsockname()[0].partition("%")[0])
+            source = ip_address(probe.getsockname()[0].partition("%")[0])
     except OSError:
         return None
     return next((name for name, address in _list_addresses() if address == source and name != LOOPBACK), None)
@@ -53,14 +57,17 @@ def interface_env(names: Sequence[str], host: str) -> dict[str, str]:
     return dict.fromkeys(names, interface) if interface else {}
 
 
-def _list_addresses() -> Iterator[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]]:
+def _list_addresses() -> "Iterator[tuple[str, IPv4Address | IPv6Address]]":
+    import array
+    from ipaddress import IPv4Address, IPv6Address
+
     rows = array.array("B", bytes(_ROW.size * _MOST_ROWS))
     start, size = rows.buffer_info()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         used, _ = struct.unpack("iP", fcntl.ioctl(probe, _SIOCGIFCONF, struct.pack("iP", size, start)))
     for name, _, address in _ROW.iter_unpack(rows[:used]):
         # an alias (`eth0:1`) is another address of the same interface
-        yield name.rstrip(b"\0").decode().partition(":")[0], ipaddress.IPv4Address(address)
+        yield name.rstrip(b"\0").decode().partition(":")[0], IPv4Address(address)
     with contextlib.suppress(OSError):  # a kernel without IPv6
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
-            yield line.split()[-1], ipaddress.IPv6Address(bytes.fromhex(line.split()[0]))
+            yield line.split()[-1], IPv6Address(bytes.fromhex(line.split()[0]))

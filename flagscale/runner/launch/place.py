@@ -34,4 +34,8 @@ def find_lost_place(spec: Spec) -> str | None:
     keeper = load_keeper(spec)
     if keeper is None or is_same_alive(keeper.pid, keeper.start_time):
         return None
-    return f"{keeper.what} has given up the place of {spec.label}: process {keeper.pid} was ended"
+    return describe_loss(spec, keeper, f"process {keeper.pid} was ended")
+
+
+def describe_loss(spec: Spec, keeper: Keeper, told: str) -> str:
+    return f"{keeper.what} has given up the place of {spec.label}: {told}"

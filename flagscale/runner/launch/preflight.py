@@ -25,7 +25,7 @@ from flagscale.runner.launch.survey import meet, survey
 from flagscale.runner.plan.job import HostPlan, JobPlan
 
 CHECKS = ("reach", "job", "clock", "disk", "python", "versions", "source", "chips", "network", "port")
-LEAST_FREE_BYTES = 1 << 30
+FEW_FREE_BYTES = 5 << 30
 MOST_SKEW_S = 5.0
 MEETING_LIMIT_S = 10.0
 DISTRIBUTIONS = {
@@ -36,14 +36,15 @@ DISTRIBUTIONS = {
     "verl": ("verl", "vllm", "torch"),
 }
 
-Kind = Literal["ok", "user", "launch"]
+Kind = Literal["ok", "note", "user", "launch"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What a check found on a host.
 
-    kind: ok; user: what was written cannot be right; launch: something of the host
+    kind: ok; note: worth a look, and no launch is refused for it; user: what was written cannot be right; launch:
+        something of the host
     text: what was found, or what is wrong with it
     """
 
@@ -59,8 +60,13 @@ def survey_hosts(plan: JobPlan, env: Mapping[str, str]) -> tuple[Finding, ...]:
     env: the launcher's, from which the job takes its secrets
 
     Raises:
+        UserError: a scheduler chooses the hosts, so that nobody can be asked.
         UserError, LaunchError: the experiment folder cannot be written on this machine.
     """
+    if any(host.host.is_placeholder for host in plan.hosts):
+        raise UserError(
+            f"experiment.runner.type: with {plan.launcher} hosts are chosen at the start; none can be asked before"
+        )
     made = make_folder(Path(plan.exp_dir) / "runs")
     try:
         with Links(list_remotes(plan), plan.accept_new_host_keys, module="survey") as links:
@@ -114,10 +120,10 @@ def _judge(plan: JobPlan, host: HostPlan, reply: Reply, spans: Spans) -> Iterato
     yield from (Finding(name, "job", kind, text) for kind, text in answer["faults"])
     if not answer["faults"]:
         yield Finding(name, "job", "ok", "ok")
+    yield Finding(name, "disk", *_judge_disk(plan, facts["free_bytes"]))
+    yield Finding(name, "chips", *(("note", answer["notes"][0]) if answer["notes"] else ("ok", _name_chips(facts))))
     for check, (text, wrong) in {
         "clock": _judge_clock(facts["time"], spans[host.label]),
-        "disk": _judge_disk(plan, facts["free_bytes"]),
-        "chips": _judge_chips(host, facts),
         "network": _judge_network(host, facts),
     }.items():
         yield Finding(name, check, "launch" if wrong else "ok", wrong or text)
@@ -135,24 +141,16 @@ def _judge_clock(said: float, span: tuple[float, float]) -> Verdict:
     return "ok" if skew_s < 1 else f"{skew_s:.0f} s off", wrong if skew_s > MOST_SKEW_S else None
 
 
-def _judge_disk(plan: JobPlan, free_bytes: int) -> Verdict:
-    wrong = f"only {free_bytes / 2**20:.0f} MiB are free for {plan.exp_dir}; checkpoints and logs go there"
-    return f"{free_bytes / 2**30:.0f} GiB", wrong if free_bytes < LEAST_FREE_BYTES else None
+def _judge_disk(plan: JobPlan, free_bytes: int) -> tuple[Kind, str]:
+    if free_bytes < FEW_FREE_BYTES:
+        return "note", f"only {free_bytes >> 20} MiB are free for {plan.exp_dir}; checkpoints and logs go there"
+    return "ok", f"{free_bytes >> 30} GiB"
 
 
-def _judge_chips(host: HostPlan, facts: Mapping[str, Any]) -> Verdict:
-    wanted = find_chip(host.host.chip) if host.host.chip else None
-    found, count, slots = facts["chip"], facts["num_devices"], host.host.slots
-    if wanted is None or wanted.device == "cpu":
-        return (f"{count} x {found}" if count else f"{facts['num_cpus']} cores"), None
-    text = f"{count} x {', '.join(facts['models']) or found}"
-    if not count or found != wanted.name:
-        seen = text if count else "no accelerator"
-        return (
-            text,
-            f"is to have {wanted.name} ({host.host.chip}), and has {seen}; see `flagscale devices --explain` there",
-        )
-    return text, f"is to start {slots} ranks on {count} devices" if count < slots else None
+def _name_chips(facts: Mapping[str, Any]) -> str:
+    if not facts["num_devices"]:
+        return f"{facts['num_cpus']} cores"
+    return f"{facts['num_devices']} x {', '.join(facts['models']) or facts['chip']}"
 
 
 def _judge_network(host: HostPlan, facts: Mapping[str, Any]) -> Verdict:

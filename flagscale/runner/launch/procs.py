@@ -20,6 +20,9 @@ from pathlib import Path
 
 TOKEN = "FLAGSCALE_RUN_TOKEN"
 """The same name as `flagscale.env.RUN_TOKEN`, which this file must not import."""
+KEPT = "FLAGSCALE_KEPT_TOKEN"
+"""The same name as `flagscale.env.KEPT_TOKEN`. If a job of ours is the scheduler (a Ray cluster), an agent that has a
+place with it is below its agent, and ends by itself, in its own time, once its place is gone (`place.py`)."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -68,7 +71,8 @@ def name_machine() -> str:
     return f"{boot_id} {Path('/proc/self/ns/pid').readlink()}"
 
 
-def find_descendants(root: int, procs: Mapping[int, Proc]) -> set[int]:
+def find_descendants(root: int, procs: Mapping[int, Proc], token: str | None = None) -> set[int]:
+    """token: leaves out agents that are kept in a place for another run, and all below them"""
     children: dict[int, list[int]] = {}
     for proc in procs.values():
         children.setdefault(proc.ppid, []).append(proc.pid)
@@ -76,6 +80,8 @@ def find_descendants(root: int, procs: Mapping[int, Proc]) -> set[int]:
     fresh = [root]
     while fresh:
         fresh = [pid for parent in fresh for pid in children.get(parent, ()) if pid not in found]
+        if token is not None:
+            fresh = [pid for pid in fresh if read_environ(pid).get(KEPT, token) == token]
         found.update(fresh)
     return found
 
@@ -83,7 +89,7 @@ def find_descendants(root: int, procs: Mapping[int, Proc]) -> set[int]:
 def find_ours(token: str, root: int | None = None) -> list[Proc]:
     """Every living process that bears the token or descends from `root`, without the asking process and its parents."""
     procs = list_procs()
-    below = find_descendants(root, procs) if root else set()
+    below = find_descendants(root, procs, token) if root else set()
     skip: set[int] = set()
     asking = os.getpid()
     while asking in procs and asking not in skip:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from flagscale.runner.launch.archive import ERRANDS, SURVEY, build_archive
+from flagscale.runner.launch.archive import ERRANDS, RAY_ERRANDS, SURVEY, build_archive
 from flagscale.runner.launch.connection import Connection, LinkError, open_connection
 from flagscale.runner.launch.errands import BOOT
 from flagscale.runner.launch.folder import Remote, RunRef
@@ -35,6 +35,7 @@ ASK_AWAY_EVERY_S = 2.0
 """Of hosts whose journals have to be fetched."""
 _OF_DOCKER = "Error response from daemon"
 Result = TypeVar("Result")
+_ARCHIVES = {"errands": ERRANDS, "survey": SURVEY, "ray_errands": RAY_ERRANDS}
 _MISSING = (126, 127)
 """exit codes of a shell that cannot run a program"""
 
@@ -45,6 +46,11 @@ class Reply:
 
     answer: Mapping[str, Any]
     fault: str | None = None
+
+
+def pack_errand(archive: bytes, errand: str, request: Mapping[str, Any]) -> bytes:
+    """What `errands.BOOT` reads on a host."""
+    return f"{len(archive)}\n".encode() + archive + json.dumps({"errand": errand, **request}).encode() + b"\n"
 
 
 class Links:
@@ -58,13 +64,14 @@ class Links:
         remotes: Sequence[Remote],
         accept_new: bool = False,
         limit_s: float = CONNECT_LIMIT_S,
-        module: Literal["errands", "survey"] = "errands",
+        module: Literal["errands", "survey", "ray_errands"] = "errands",
     ) -> None:
         self.remotes = {remote.label: remote for remote in remotes}
         self.accept_new = accept_new
         self.limit_s = limit_s
         self.open: dict[str, Connection] = {}
-        self.archive = build_archive(SURVEY if module == "survey" else ERRANDS)
+        self.archive = build_archive(_ARCHIVES[module])
+        self.flags = ["-I"] if module == "ray_errands" else ["-I", "-S"]  # Ray is no part of the standard library
         self.boot = BOOT.format(module=module)
 
     def __enter__(self) -> "Links":
@@ -83,9 +90,8 @@ class Links:
         """Run an errand on each host that `requests` names, all at once."""
 
         def run(label: str) -> Reply:
-            request = json.dumps({"errand": errand, **requests[label]}).encode()
-            text = f"{len(self.archive)}\n".encode() + self.archive + request + b"\n"
-            return self._run(label, [self.remotes[label].python, "-I", "-S", "-c", self.boot], text, limit_s)
+            words = [self.remotes[label].python, *self.flags, "-c", self.boot]
+            return self._run(label, words, pack_errand(self.archive, errand, requests[label]), limit_s)
 
         return self.each(requests, run)
 
@@ -110,16 +116,20 @@ class Links:
             if broken := self.open.pop(label, None):
                 broken.close()
             return Reply({}, str(error))
-        told = err.decode(errors="replace").strip()
-        if code in _MISSING or (code == 1 and _OF_DOCKER in told):
-            return Reply({}, _explain_missing(self.remotes[label], told))
-        lines = out.decode(errors="replace").strip().splitlines()
-        try:
-            if code != 0:
-                raise ValueError
-            return Reply(json.loads(lines[-1]))
-        except (ValueError, IndexError):
-            return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {told or out.decode(errors='replace')}")
+        said = err.decode(errors="replace").strip()
+        if code in _MISSING or (code == 1 and _OF_DOCKER in said):
+            return Reply({}, _explain_missing(self.remotes[label], said))
+        return read_reply(words, code, out.decode(errors="replace"), said)
+
+
+def read_reply(words: Sequence[str], code: int, out: str, err: str) -> Reply:
+    """What a command said whose last line is to be JSON."""
+    try:
+        if code != 0:
+            raise ValueError
+        return Reply(json.loads(out.strip().splitlines()[-1]))
+    except (ValueError, IndexError):
+        return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {err.strip() or out}")
 
 
 def _explain_missing(remote: Remote, told: str) -> str:

@@ -65,7 +65,7 @@ def submit_job(
     try:
         with hold_lock(exp_dir):
             run_id = make_run_id(datetime.now(UTC))
-            script = render_sbatch(plan, run_id, sys.executable)
+            script = render_sbatch(plan, run_id, plan.hosts[0].python or sys.executable)
             check_accepted(script, env)
             end_stale(exp_dir)
             values = bind_values(run_id)

@@ -26,7 +26,7 @@ def _find_fault(tree: BackendTree, expected: str) -> str | None:
     try:
         record = load_record(path)
     except PatchError as error:
-        return f"{error}; make it anew with {mend}"
+        return f"{error}; make it anew with {mend.removesuffix('`')} --replace`"
     if record is None:
         what = "is not patched for it" if path.is_dir() else "is missing"
         return f"runs on {tree.chip}, and {path} {what}: {mend}"

@@ -7,17 +7,21 @@ after one of them has died, before anybody can look: the stacks are those of the
 """
 
 import contextlib
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
 
 LIMIT_S = 10.0
 
 
 def find_py_spy() -> str | None:
+    import shutil
+
     return shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
 
 
@@ -29,6 +33,8 @@ def save_stacks(ranks: Mapping[int, int], folder: Path, limit_s: float = LIMIT_S
     program = find_py_spy() if ranks else None
     if program is None:
         return []
+    import subprocess  # costs a start more than the rest of this file, and most runs have no need of it
+
     started: dict[int, subprocess.Popen[bytes]] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +56,8 @@ def _path_of(folder: Path, rank: int) -> Path:
 
 
 def _wait(process: "subprocess.Popen[bytes]", deadline: float) -> bool:
+    import subprocess
+
     try:
         return process.wait(max(0.0, deadline - time.monotonic())) == 0
     except subprocess.TimeoutExpired:

@@ -27,6 +27,7 @@ from flagscale.runner.launch.journal import (
 )
 from flagscale.runner.launch.network import interface_env
 from flagscale.runner.launch.peers import Peers
+from flagscale.runner.launch.place import describe_loss, load_keeper
 from flagscale.runner.launch.stacks import save_stacks
 
 RANK_DIR = "FLAGSCALE_RANK_DIR"
@@ -136,13 +137,21 @@ class Watch:
             return
         is_forced = info.si_signo == signal.SIGUSR1
         if self.ending is None or is_forced:
-            by = f"{procs.signal_name(info.si_signo)} from process {info.si_pid}"
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                by = str(json.loads(Path(self.spec.stop_request).read_text())["by"])
-            notice = self.peers.find_notice()
-            self.end("stopped", notice.text if notice else f"stopped by {by}")
+            self.end_by_signal(f"{procs.signal_name(info.si_signo)} from process {info.si_pid}")
         if is_forced and self.ending:
             self.ending.deadline = 0.0
+
+    def end_by_signal(self, told: str) -> None:
+        """Who stops a job says so in a file first; a scheduler that takes back a place does not."""
+        asked: str | None = None
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            asked = str(json.loads(Path(self.spec.stop_request).read_text())["by"])
+        notice = self.peers.find_notice()
+        keeper = load_keeper(self.spec) if notice is None and asked is None else None
+        if keeper is not None:
+            self.end("lost", describe_loss(self.spec, keeper, told))
+        else:
+            self.end("stopped", notice.text if notice else f"stopped by {asked or told}")
 
     def heed_peers(self) -> None:
         """End our part if another host, a `stop` or a launcher ends the run, or if a host has vanished."""

@@ -3,8 +3,8 @@
 The agent of the first host listens on UDP, under the number of the ranks' own port. Each other one tells it every few
 seconds that it lives, and why the run is ending as soon as that is so; the head's agent answers, and passes a notice
 on to all at once. So each learns of the first failure within a second or two, misses a host that has gone silent, and
-needs no launcher for it. A datagram is signed with the run's token, which it does not hold, and numbers only go up:
-whoever has no token can forge none, and cannot send an old one again.
+needs no launcher for it. A datagram is signed with a key of the run, which it does not hold, and numbers only go up:
+whoever has no key can forge none, and cannot send an old one again.
 
 The trade-off: datagrams may be lost, so what matters is said again until the run has ended; and a network that lets
 none through looks like one where nobody speaks, so a host that was never heard is never missed.
@@ -41,15 +41,15 @@ class Heard:
     is_leaving: bool = False
 
 
-def pack(token: str, row: dict[str, Any]) -> bytes:
+def pack(key: str, row: dict[str, Any]) -> bytes:
     body = json.dumps(row).encode()
-    return hmac.new(token.encode(), body, DIGEST).hexdigest().encode() + body
+    return hmac.new(key.encode(), body, DIGEST).hexdigest().encode() + body
 
 
-def unpack(token: str, packet: bytes) -> dict[str, Any] | None:
-    """None for whatever was not signed with the token."""
+def unpack(key: str, packet: bytes) -> dict[str, Any] | None:
+    """None for whatever was not signed with the key."""
     digest, body = packet[:DIGEST_BYTES], packet[DIGEST_BYTES:]
-    if not hmac.compare_digest(hmac.new(token.encode(), body, DIGEST).hexdigest().encode(), digest):
+    if not hmac.compare_digest(hmac.new(key.encode(), body, DIGEST).hexdigest().encode(), digest):
         return None
     row: dict[str, Any] = json.loads(body)
     return row
@@ -161,7 +161,7 @@ class Wire:
             return
         said = self.said and asdict(Notice(self.said.label, self.said.reason[:MOST_REASON], self.said.is_forced))
         row = {"from": self.spec.label, "count": time.time_ns(), "notice": said, "is_leaving": self.is_leaving}
-        packet = pack(self.spec.token, row)
+        packet = pack(self.spec.meet_key, row)
         try:
             self.socket.send(packet) if address is None else self.socket.sendto(packet, address)
         except ConnectionRefusedError:
@@ -185,7 +185,7 @@ class Wire:
                 continue
             except OSError:
                 break
-            row = unpack(self.spec.token, packet)
+            row = unpack(self.spec.meet_key, packet)
             known = self.heard.get(row["from"]) if row else None
             if row is None or (known is not None and row["count"] <= known.count):
                 continue

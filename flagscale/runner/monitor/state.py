@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.folder import RunRef, find_cluster
 from flagscale.runner.launch.procs import find_ours
 from flagscale.runner.launch.reach import load_true_records
 from flagscale.runner.launch.record import Event, HostRecord, describe_stacks, order_by_cause
@@ -117,7 +117,7 @@ def query_run(run: RunRef) -> RunState:
         run=run,
         state=state,
         exit_code=worst.exit_code,
-        reason=_name_host(told, len(hosts)),
+        reason=_add_cluster(run, state, _name_host(told, len(hosts))),
         started=min(starts, default=None),
         ended=max(ends, default=None) if state in ENDED else None,
         hosts=hosts,
@@ -125,6 +125,15 @@ def query_run(run: RunRef) -> RunState:
         progress=next((item for item in reversed(found) if item), None),
         stacks=describe_stacks(records),
     )
+
+
+def _add_cluster(run: RunRef, state: State, reason: str | None) -> str | None:
+    """What became of the run's own Ray cluster, where that is why it was lost."""
+    cluster = find_cluster(run) if state == "lost" else None
+    said = query_run(cluster) if cluster else None
+    if said is None or said.state not in ("failed", "lost"):
+        return reason
+    return f"{reason}; its Ray cluster {said.state}: {said.reason}"
 
 
 def _name_host(host: HostState, num_hosts: int) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flagscale.errors import RunError
 from flagscale.runner.launch.ending import tell_to_end
-from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.folder import RunRef, find_cluster
 from flagscale.runner.launch.journal import write_small
 from flagscale.runner.launch.procs import name_user
 from flagscale.runner.launch.reach import Links, Look, ask_hosts, clean_hosts, signal_hosts, watchers_of
@@ -91,6 +91,8 @@ def stop_run(run: RunRef, force: bool = False, wait: Callable[[], None] | None =
         _wait_for_queue(run, wait)
         grace_s = 0.0 if force else max(record.spec.grace_s for record in records)
         num_leftovers = clean_hosts(run, links, grace_s)
+    if cluster := find_cluster(run):
+        stop_run(cluster, force, wait)
     state = query_run(run)
     silent = [f"{host.label} ({host.reason})" for host in state.hosts if host.state == "unreachable"]
     if silent:
