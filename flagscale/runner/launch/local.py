@@ -25,13 +25,12 @@ from flagscale.runner.launch.checks import (
     gather_secrets,
 )
 from flagscale.runner.launch.ending import ask_to_end, catch_interrupts, tell_to_end
-from flagscale.runner.launch.files import make_folder, remove_folders, write_all
+from flagscale.runner.launch.files import hold_lock, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
     describe_job,
     find_cluster,
     find_current,
-    hold_lock,
     list_files,
     list_folders,
     make_run_id,

@@ -19,11 +19,10 @@ from flagscale.errors import LaunchError, UserError
 from flagscale.runner.launch.archive import KEEPER, build_archive
 from flagscale.runner.launch.checks import check_outputs, check_programs, gather_secrets
 from flagscale.runner.launch.ending import Interrupts
-from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
+from flagscale.runner.launch.files import NewFile, hold_lock, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
     describe_job,
-    hold_lock,
     list_files,
     list_folders,
     make_run_id,
