@@ -309,12 +309,11 @@ class TestDiffs:
         ("old", "new"),
         [
             (b"a\n", b"b\n"),
-            (b"a", b"a\n"),
-            (b"a\n", b"a"),
-            (LINES, LINES.replace(b"line 5\n", b"") + b"end"),
+            (LINES, LINES.replace(b"line 5\n", b"") + b"end\n"),
+            (LINES + b"end", LINES.replace(b"line 5\n", b"") + b"end"),
             (b"1\r\n2\r3\n", b"1\r\n2\rx\n"),
             (b"", b"x\n"),
-            (b"x", b""),
+            (b"x\n", b""),
         ],
     )
     def test_plain_changes_are_made_as_git_makes_them(self, old: bytes, new: bytes) -> None:
@@ -327,6 +326,8 @@ class TestDiffs:
         new = {"f": Content(EXECUTABLE, b"b\n"), "b": Content(0o100644, b"\0\1"), "n": Content(0o100644, b"n\n")}
         diffs = make_diffs(old, new)
         assert [apply_plain(b"a\n", diff) for diff in diffs] == [None] * 3
+        (no_end,) = make_diffs({"f": Content(0o100644, b"a\n")}, {"f": Content(0o100644, b"a")})
+        assert apply_plain(b"a\n", no_end) is None
         assert [len(read_changes(diff)) for diff in diffs] == [1, 1, 1]
 
     def test_hunks(self) -> None:

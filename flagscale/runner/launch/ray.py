@@ -20,11 +20,10 @@ from flagscale.errors import FlagScaleError, LaunchError
 from flagscale.runner.launch.archive import KEEPER, build_archive
 from flagscale.runner.launch.checks import gather_secrets
 from flagscale.runner.launch.ending import Interrupts, catch_interrupts
-from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
+from flagscale.runner.launch.files import NewFile, hold_lock, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
     describe_job,
-    hold_lock,
     list_files,
     list_folders,
     list_remotes,
