@@ -158,7 +158,7 @@ def end_cluster(run: RunRef) -> None:
     cluster = find_cluster(run)
     if cluster is None:
         return
-    tell_to_end(cluster, "the next launch")
+    tell_to_end(cluster, "the end of its job")
     deadline = time.monotonic() + CLUSTER_LIMIT_S
     while any(record.is_alive for record in load_records(cluster)):
         if time.monotonic() > deadline:
