@@ -1,5 +1,6 @@
 """Patch sets on disk: what is read, what is refused and how it is told, and what an export writes."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -340,3 +341,13 @@ class TestDiffs:
     def test_a_merge_of_binaries_is_a_conflict(self) -> None:
         assert merge_contents(b"\0a", b"\0b", b"\0c", ("x", "y", "z")) == (b"\0a", 1)
         assert merge_contents(b"a\nb\nc\n", b"a\nb\nc\n", b"a\nB\nc\n", ("x", "y", "z")) == (b"a\nB\nc\n", 0)
+
+
+def test_shipped_patches_stand_as_an_export_writes_them() -> None:
+    """So that the next export changes those alone whose files were edited: git's names of blobs are whole."""
+    patches = sorted((Path(__file__).parents[2] / "hardware").rglob("*.patch"))
+    assert patches
+    for path in patches:
+        names = re.findall(rb"^index (\w+)\.\.(\w+)", path.read_bytes(), re.MULTILINE)
+        assert names, path
+        assert all(len(name) == 40 for pair in names for name in pair), path
