@@ -39,6 +39,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/patches.py
+	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/engine.py --threads 1
+	@if [ "$$(id -u)" -eq 0 ]; then $(BIN)/python benchmarks/fanout.py; else echo "benchmarks/fanout.py makes hosts and needs root"; fi
 
 source: $(VENV)/.train
 	$(call say,"the pinned Megatron-LM source$(comma) patched for this machine")

@@ -1,5 +1,5 @@
 """Make the model that `flagscale serve tiny` serves: the newest checkpoint of `flagscale train tiny`, converted; where
-nobody has trained one yet, a model of the same shape that has learned nothing.
+nobody has trained one yet, a smaller one that is trained here for some seconds.
 
     python tools/tiny_model.py --checkpoints outputs/tiny/checkpoints outputs/tiny_serve/model
 
@@ -15,38 +15,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flagscale.errors import FlagScaleError, UserError
-from flagscale.inference.byte_tokenizer import write_byte_tokenizer
+from flagscale.inference.recipe import MAX_LEN, make_tiny_model
 from flagscale.sync.checkpoint import TRACKER, convert
-from flagscale.train.token_files import END_OF_DOCUMENT, VOCAB_SIZE
 
 ORIGIN = "origin.txt"
 """what a folder was made from; one without it was not made here"""
-UNTRAINED = "untrained"
-MAX_LEN = 1024
-"""tokens of one text; the positions are rotary, and a model may be used beyond what it was trained on"""
-SHAPE = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
-    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": MAX_LEN, "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": END_OF_DOCUMENT,
-}  # fmt: skip
-"""that of examples/tiny/conf/train/tiny.yaml"""
+RECIPE = "recipe"
 
 
 def find_origin(checkpoints: Path) -> str:
-    """The newest checkpoint's name, or `untrained`."""
+    """The newest checkpoint's name, or `recipe` where there is none."""
     try:
         return f"iteration {(checkpoints / TRACKER).read_text().strip()}"
     except OSError:
-        return UNTRAINED
-
-
-def make_untrained(folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).save_pretrained(folder)
-    write_byte_tokenizer(folder, MAX_LEN)
+        return RECIPE
 
 
 def make_model(checkpoints: Path, folder: Path) -> str:
@@ -66,10 +48,10 @@ def make_model(checkpoints: Path, folder: Path) -> str:
                 return origin
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        if origin == UNTRAINED:
-            make_untrained(part)
+        if origin == RECIPE:
+            make_tiny_model(part)
         else:
-            convert(checkpoints, part, to="hf")
+            convert(checkpoints, part, to="hf", max_len=MAX_LEN)
         (part / ORIGIN).write_text(origin)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)

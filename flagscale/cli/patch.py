@@ -95,11 +95,12 @@ def find_tree(args: argparse.Namespace) -> Path:
     """The tree that the words mean.
 
     Raises:
-        UserError: none or several were named.
+        UserError: none or several were named, or several chips have one and none of them was named.
     """
     from flagscale.env import source_dir
     from flagscale.errors import UserError
     from flagscale.patch.package import find_package
+    from flagscale.patch.tree import STATE_DIR
 
     if args.tree and args.package:
         raise UserError("--tree and --package both name a tree; give one of them")
@@ -110,8 +111,13 @@ def find_tree(args: argparse.Namespace) -> Path:
     if not args.backend:
         raise UserError("which tree? give a backend (`flagscale patch status megatron`), --tree or --package")
     src = source_dir(_pin(args.backend).name)
-    chip = getattr(args, "device_type", None)
-    return src.parent / chip if chip and (src.parent / chip).is_dir() else src
+    if args.device_type:
+        chip = src.parent / args.device_type
+        return chip if chip.is_dir() else src
+    laid = [path.parent for path in sorted(src.parent.glob(f"*/{STATE_DIR}")) if path.parent != src]
+    if len(laid) > 1:
+        raise UserError(f"which tree? give --device-type; there are: {', '.join(path.name for path in laid)}")
+    return laid[0] if laid else src
 
 
 def _pin(backend: str) -> "Pin":

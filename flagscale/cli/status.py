@@ -101,11 +101,14 @@ def find_notable(ranks: "tuple[RankState, ...]") -> "list[RankState]":
 def host_table(state: "RunState") -> "Table":
     from rich.table import Table
 
-    table = Table("host", "state", "agent", "guard", "heartbeat", "exit code", "left over", box=None, pad_edge=False)
+    names = ("host", "state", "agent", "guard", "heartbeat", "exit code", "left over")
+    machine = ("machine",) * (state.run.launcher != "direct")  # where a scheduler chose it, the label does not tell
+    table = Table(*names, *machine, box=None, pad_edge=False)
     for host in state.hosts:
         beat = f"{host.heartbeat_age_s:.0f} s ago" if host.heartbeat_age_s is not None else "-"
         cells = (host.label, host.state, host.agent_pid, host.guard_pid, beat, host.exit_code, host.num_leftovers)
-        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
+        more = (host.hostname,) * len(machine)
+        table.add_row(*("-" if cell is None else str(cell) for cell in (*cells, *more)))
     return table
 
 

@@ -190,9 +190,13 @@ def make_diffs(old: Files, new: Files) -> list[bytes]:
 
 
 def _moves_a_folder_to_be(changes: Sequence[Change]) -> bool:
-    """Whether a file moves away and its name becomes a folder: git does not apply that to a symlink."""
-    folders = folders_above(change.new for change in changes if change.new)
-    return any(change.old in folders and change.new not in (None, change.old) for change in changes)
+    """Whether a file moves away and its name becomes a folder, or the other way round.
+
+    git does not apply that to a symlink, forth or back.
+    """
+    folders = folders_above(name for change in changes for name in (change.old, change.new) if name)
+    moves = (change for change in changes if change.old and change.new and change.old != change.new)
+    return any(move.old in folders or move.new in folders for move in moves)
 
 
 def merge_contents(ours: bytes, base: bytes, theirs: bytes, labels: tuple[str, str, str]) -> tuple[bytes, int]:

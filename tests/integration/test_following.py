@@ -20,7 +20,8 @@ from flagscale.errors import LaunchError, RunError
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import local
 from flagscale.runner.launch.ending import catch_interrupts
-from flagscale.runner.launch.folder import RunRef, hold_lock
+from flagscale.runner.launch.files import hold_lock
+from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.startup import show_progress
 from flagscale.runner.monitor import follow
 from flagscale.runner.monitor.follow import wait_job
@@ -314,7 +315,7 @@ def test_stop_waits_for_what_runs_after(tmp_path: Path) -> None:
 
 
 def test_a_lock_does_not_outlive_who_held_it(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from flagscale.runner.launch.folder import hold_lock\n"
+    code = "import sys, time; from pathlib import Path; from flagscale.runner.launch.files import hold_lock\n"
     code += "with hold_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout

@@ -18,7 +18,7 @@ from flagscale.cli import list_runs, logs, rerun, status, stop
 from flagscale.errors import FlagScaleError, LaunchError, RunError, UserError
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import capacity
-from flagscale.runner.launch.folder import hold_lock
+from flagscale.runner.launch.files import hold_lock
 from flagscale.runner.launch.record import load_record
 from flagscale.runner.monitor.follow import wait_job
 from flagscale.runner.monitor.runs import load_run

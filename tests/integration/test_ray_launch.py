@@ -123,6 +123,7 @@ def test_a_job_outlives_its_launcher_and_its_cluster_ends_with_it(bench: Bench) 
     wait_for(lambda: not list_cluster(bench))
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_early_leaves_a_cluster_that_stop_ends(bench: Bench) -> None:
     write_local(bench)
     with bench.popen("run", str(bench.base / "conf" / "config.yaml")) as launcher:
@@ -234,7 +235,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     mark = f"flagscale-test-{os.getpid()}-{port}"
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "FLAGSCALE_RUN_TOKEN": mark}
     words = [str(RAY), "start", "--head", "--port", str(port), "--include-dashboard", "false", "--num-cpus", "2"]
-    words += ["--num-gpus", "0", "--resources", '{"A800": 2}', "--temp-dir", f"/tmp/fst-{port}"]
+    words += ["--num-gpus", "2", "--resources", '{"A800": 2}', "--temp-dir", f"/tmp/fst-{port}"]
     words += ["--disable-usage-stats", "--object-store-memory", "100000000"]
     words += ["--ray-client-server-port", str(find_free_port()), "--dashboard-agent-listen-port", str(find_free_port())]
     subprocess.run(words, env={**os.environ, **env}, check=True, capture_output=True, timeout=120)
@@ -283,6 +284,19 @@ def test_places_of_a_running_cluster_are_taken_and_given_back(
     assert bench.list_left() == []
     wait_for(lambda: running.ask(FREE).get("A800") == 2)
     assert running.ask("len(ray.nodes())") == 1
+
+
+def test_a_rank_sees_the_devices_that_ray_gave_and_nothing_of_ray(
+    bench: Bench, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_running(bench, running, monkeypatch, device_type="gpu", nproc_per_node=1)
+    done = bench.launch()
+    assert done.returncode == 0, done.stderr
+    environ = read_environ(bench.status()["ranks"][0]["pid"])
+    assert environ["CUDA_VISIBLE_DEVICES"] in ("0", "1")
+    assert [name for name in environ if name.startswith("RAY_")] == []
+    assert bench.call("stop", str(bench.exp_dir)).returncode == 0
+    wait_for(lambda: running.ask(FREE).get("GPU") == 2)
 
 
 @pytest.mark.parametrize(

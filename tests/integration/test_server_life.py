@@ -112,7 +112,9 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/update_weights_from_disk"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/update_weights_from_disk", "/v1/load_lora_adapter"]
+)
 def test_whatever_is_sent_is_answered_or_refused_but_breaks_nothing(
     server: ServerProcess, path: str, mode: GenerationMode
 ) -> None:

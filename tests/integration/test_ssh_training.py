@@ -85,6 +85,7 @@ def test_four_hosts_learn_what_one_does(make_hosts: MakeHosts, data: Path, tmp_p
     assert spread == pytest.approx(alone, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_two_places_of_ray_learn_what_one_host_does(make_hosts: MakeHosts, data: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     bench = Bench(make_hosts(2), tmp_path)

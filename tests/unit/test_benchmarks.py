@@ -1,5 +1,6 @@
 """The start-up benchmark measures what it says: its inputs work, and a broken promise is told by the exit code."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import patches  # noqa: E402
 import startup  # noqa: E402
 
 
@@ -33,3 +35,23 @@ def test_a_kept_and_a_broken_promise(capsys: pytest.CaptureFixture[str]) -> None
     assert shown[0].startswith("quick / slow: ")
     assert shown[0].endswith("kept")
     assert shown[1].endswith("BROKEN")
+
+
+def test_the_patch_benchmark_applies_reverts_and_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(patches, "NUM_PATCHES", 5)
+    monkeypatch.setattr(patches, "NUM_RELEASES", 2)
+    chance = random.Random(0)
+    source = patches.make_source(chance, 20)
+    upstream, series = patches.make_series(tmp_path, chance, source)
+    assert len(series.patches) == 5
+    patches.compare(tmp_path, upstream, series, runs=1)
+    places = patches.make_releases(tmp_path, chance, source)
+    assert patches.time_verify(upstream, series, places)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in shown] == [
+        "apply / git apply",
+        "revert / git apply",
+        "verify of 5 patches on 2 releases",
+    ]

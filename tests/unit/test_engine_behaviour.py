@@ -1,6 +1,7 @@
 """What an engine does at its edges: ends of text, refusals, failures, sleep, and the asynchronous shell."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -239,6 +240,29 @@ def test_a_stream_that_is_left_aborts_its_request() -> None:
             while not inner.unfinished:
                 await asyncio.sleep(0)
             task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await engine.metrics()).num_pages_used == 0
+            assert inner.unfinished == ()
+
+    asyncio.run(run())
+
+
+def test_cancelling_again_does_not_cut_the_abort_off() -> None:
+    async def run() -> None:
+        inner, held = make_engine(), threading.Event()
+        async with AsyncEngine(inner) as engine:
+            task = asyncio.create_task(
+                collect(engine.generate(PROMPT, SamplingParams(max_tokens=300, ignore_eos=True)))
+            )
+            while not inner.unfinished:
+                await asyncio.sleep(0)
+            holding = asyncio.create_task(engine._call(held.wait))
+            for _ in range(3):
+                task.cancel()
+                await asyncio.sleep(0.01)
+            held.set()
+            await holding
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert (await engine.metrics()).num_pages_used == 0

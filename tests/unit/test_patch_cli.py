@@ -234,3 +234,24 @@ def test_what_flagscales_names_refuse(typed: tuple[str, ...], says: str) -> None
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_backend_means_the_tree_of_the_chip_that_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLAGSCALE_SOURCE_DIR", str(tmp_path))
+    folder = tmp_path / "Megatron-LM"
+    commit_all(make_tree(folder / "src", BASE), "upstream")
+
+    def find_shown() -> str:
+        flagscale("status", "megatron")
+        return capsys.readouterr().out.partition(":")[0]
+
+    assert find_shown() == str(folder / "src")
+    make_tree(folder / "Toy_Chip" / ".flagscale-patch", BASE)
+    assert find_shown() == str(folder / "Toy_Chip")
+    make_tree(folder / "Other_Chip" / ".flagscale-patch", BASE)
+    assert flagscale("status", "megatron") == 2
+    assert "give --device-type; there are: Other_Chip, Toy_Chip" in capsys.readouterr().err
+    flagscale("status", "megatron", "--device-type", "Toy_Chip")
+    assert capsys.readouterr().out.startswith(f"{folder / 'Toy_Chip'}:")

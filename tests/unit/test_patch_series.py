@@ -1,5 +1,6 @@
 """Patch sets on disk: what is read, what is refused and how it is told, and what an export writes."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -309,12 +310,11 @@ class TestDiffs:
         ("old", "new"),
         [
             (b"a\n", b"b\n"),
-            (b"a", b"a\n"),
-            (b"a\n", b"a"),
-            (LINES, LINES.replace(b"line 5\n", b"") + b"end"),
+            (LINES, LINES.replace(b"line 5\n", b"") + b"end\n"),
+            (LINES + b"end", LINES.replace(b"line 5\n", b"") + b"end"),
             (b"1\r\n2\r3\n", b"1\r\n2\rx\n"),
             (b"", b"x\n"),
-            (b"x", b""),
+            (b"x\n", b""),
         ],
     )
     def test_plain_changes_are_made_as_git_makes_them(self, old: bytes, new: bytes) -> None:
@@ -327,6 +327,8 @@ class TestDiffs:
         new = {"f": Content(EXECUTABLE, b"b\n"), "b": Content(0o100644, b"\0\1"), "n": Content(0o100644, b"n\n")}
         diffs = make_diffs(old, new)
         assert [apply_plain(b"a\n", diff) for diff in diffs] == [None] * 3
+        (no_end,) = make_diffs({"f": Content(0o100644, b"a\n")}, {"f": Content(0o100644, b"a")})
+        assert apply_plain(b"a\n", no_end) is None
         assert [len(read_changes(diff)) for diff in diffs] == [1, 1, 1]
 
     def test_hunks(self) -> None:
@@ -339,3 +341,13 @@ class TestDiffs:
     def test_a_merge_of_binaries_is_a_conflict(self) -> None:
         assert merge_contents(b"\0a", b"\0b", b"\0c", ("x", "y", "z")) == (b"\0a", 1)
         assert merge_contents(b"a\nb\nc\n", b"a\nb\nc\n", b"a\nB\nc\n", ("x", "y", "z")) == (b"a\nB\nc\n", 0)
+
+
+def test_shipped_patches_stand_as_an_export_writes_them() -> None:
+    """So that the next export changes those alone whose files were edited: git's names of blobs are whole."""
+    patches = sorted((Path(__file__).parents[2] / "hardware").rglob("*.patch"))
+    assert patches
+    for path in patches:
+        names = re.findall(rb"^index (\w+)\.\.(\w+)", path.read_bytes(), re.MULTILINE)
+        assert names, path
+        assert all(len(name) == 40 for pair in names for name in pair), path

@@ -46,7 +46,7 @@ def reader(*prompts: str, n: int = 1, **more: Any) -> PieceReader:
 def test_choices_are_numbered_prompt_by_prompt() -> None:
     found = reader("a", "b", n=3)
     assert [found.read(number, delta("x", index)).index for number in (0, 1) for index in (0, 1, 2)] == list(range(6))
-    assert (found.num_prompt_tokens, found.num_output_tokens, found.version) == (2, 6, 7)
+    assert (found.num_prompt_tokens, found.num_output_tokens, found.fingerprint) == (2, 6, "weights-7")
 
 
 def test_cached_tokens_count_once_for_each_prompt() -> None:

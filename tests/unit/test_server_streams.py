@@ -33,8 +33,8 @@ class Source:
             if self.is_endless:
                 await asyncio.Event().wait()
         finally:
-            # As the engine does: leaving takes a while, and must not be cut off.
-            await asyncio.sleep(0.01)
+            # Leaving takes a while, and must not be cut off.
+            await asyncio.sleep(0.05)
             self.was_left = True
 
 
@@ -82,6 +82,7 @@ def test_closing_ends_what_was_begun_and_may_be_repeated() -> None:
         reading = merged.read()
         await anext(reading)
         merged.close()
+        await asyncio.sleep(0.01)
         merged.close()
         await until(lambda: all(source.was_left for source in sources))
 

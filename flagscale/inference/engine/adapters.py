@@ -22,6 +22,7 @@ import torch
 from flagscale.errors import UserError, find_nearest
 from flagscale.inference.engine.adapter_files import AdapterFiles, LowRank, plan_layers, read_adapter
 from flagscale.inference.engine.attention import ShapeProbe
+from flagscale.inference.engine.int8 import Int8Linear
 from flagscale.inference.engine.weights import Tensors
 
 AdapterSource: TypeAlias = "str | Path | AdapterFiles | Tensors"
@@ -189,7 +190,7 @@ def find_linears(model: Any) -> dict[str, Any]:
     Seen in one tiny run, since what a part of the model gets is not to be read off its name; but experts are known by
     theirs, since one of them might be sent every token of that run.
     """
-    linears = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    linears = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear | Int8Linear)}
     linears = {name: each for name, each in linears.items() if not EXPERT.search(name)}
     seen: dict[str, int] = {}
 

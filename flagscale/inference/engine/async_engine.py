@@ -89,8 +89,9 @@ class AsyncEngine:
                 yield delta
         finally:
             # Asked in the engine's thread: where this task was cancelled, the request may still be on its way in.
+            # And shielded: whoever cancels a second time must not take the leaving out of the thread's queue.
             if not self._is_closed:
-                await self._call(lambda: self._leave(name, stream))
+                await asyncio.shield(self._call(lambda: self._leave(name, stream)))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets its last deltas, with finish reason `abort`."""

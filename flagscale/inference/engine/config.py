@@ -5,6 +5,7 @@ waits.
 """
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from flagscale.errors import ConfigError, Fault
 
@@ -32,6 +33,8 @@ class EngineConfig:
     prefix_caching: bool = True
     adapter_bytes: int = 256 * 1024**2
     """memory for all LoRA adapters that are loaded at the same time"""
+    quantization: Literal["int8"] | None = None
+    """int8: weights of linear layers, and what goes into them; None: as the model has them"""
     seed: int | None = None
     """requests without a seed of their own draw it from this one; None: from the system"""
 
@@ -39,10 +42,12 @@ class EngineConfig:
         faults = [
             Fault(f"engine.{field.name}", f"{value!r} is too small", "a whole number of at least 1")
             for field in fields(self)
-            if field.name not in ("seed", "prefix_caching")
+            if field.name not in ("seed", "prefix_caching", "quantization")
             and (value := getattr(self, field.name)) is not None
             and value < 1
         ]
+        if self.quantization not in (None, "int8"):
+            faults.append(Fault("engine.quantization", f"`{self.quantization}`", "int8"))
         if self.max_running > self.max_tokens_per_step:
             message = f"{self.max_running} running samples do not fit a step of {self.max_tokens_per_step} tokens"
             faults.append(Fault("engine.max_running", message, "at most max_tokens_per_step"))

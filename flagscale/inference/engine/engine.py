@@ -17,6 +17,7 @@ import torch
 from flagscale.errors import FlagScaleError, UserError
 from flagscale.inference.engine.adapters import Adapter, AdapterSource
 from flagscale.inference.engine.config import EngineConfig
+from flagscale.inference.engine.int8 import quantise_update
 from flagscale.inference.engine.metrics import EngineMetrics, Meter
 from flagscale.inference.engine.model import ModelRunner, load_model
 from flagscale.inference.engine.outputs import Delta, FinishReason, OutputSum, RequestOutput, TokenLogprob
@@ -234,8 +235,8 @@ class Engine:
         Raises:
             ConfigError: a name, shape or type does not fit; nothing was changed.
         """
-        copies = plan_update(name_views(self._runner.model), tensors)
-        apply_update(copies)
+        views = name_views(self._runner.model)
+        apply_update(plan_update(views, quantise_update(views, tensors)))
         self._scheduler.preempt_all(forget=True)
         self.version = version
 

@@ -16,6 +16,7 @@ from flagscale.errors import UserError
 from flagscale.inference.engine.adapters import AdapterSpan, AdapterTable
 from flagscale.inference.engine.attention import NAME, AttentionPlan, ShapeProbe, Span, make_plan, register, sort_key
 from flagscale.inference.engine.config import EngineConfig
+from flagscale.inference.engine.int8 import quantise_linears
 from flagscale.inference.engine.kv_cache import KVCache, LayerShape, plan_num_pages
 from flagscale.inference.engine.linear import block_head
 from flagscale.inference.engine.scheduler import Chunk
@@ -55,6 +56,8 @@ class ModelRunner:
         self.model = model.eval()
         self.model.set_attn_implementation(NAME)
         block_head(model)
+        if config.quantization == "int8":
+            quantise_linears(model)
         self.text_config = model.config.get_text_config()
         _check_rope(self.text_config)
         self.device: torch.device = model.device

@@ -24,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     say("--api-key-env", metavar="NAME", help="environment variable that holds the key that clients must send")
     say("--api-key-file", type=Path, metavar="FILE", help="file of such keys, one in a line")
     say("--dtype", choices=DTYPES, default="auto", help="of weights and cache; auto: as in the folder")
+    say("--quantization", choices=("int8",), help="number format of linear layers (default: as --dtype)")
     say("--device", default="cpu", help="where torch runs it (default: %(default)s)")
     say("--threads", type=int, help="threads of torch (default: torch's own choice)")
     say("--max-model-len", type=int, help="tokens of prompt and output together (default: the model's)")
@@ -58,6 +59,7 @@ def parse_options(argv: list[str] | None = None) -> ServerOptions:
         max_body_bytes=parse_bytes(args.max_body_bytes),
         engine=EngineConfig(
             kv_cache_bytes=parse_bytes(args.kv_cache_bytes),
+            quantization=args.quantization,
             adapter_bytes=parse_bytes(args.adapter_bytes),
             page_size=args.page_size,
             max_running=args.max_running,

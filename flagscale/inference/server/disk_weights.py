@@ -35,7 +35,8 @@ def read_weights(folder: Path, model: Any) -> dict[str, Any]:
         raise ConfigError(
             [Fault(f"weights.{name}", "is in none of the files", None, nearest[name]) for name in missing]
         )
-    return {name: t.to(views[name].dtype) if name in views else t for name, t in tensors.items()}
+    formats = {name: view.dtype for name, view in views.items() if view.is_floating_point()}
+    return {name: tensor.to(formats.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
 
 def find_missing(model: Any, given: Mapping[str, Any]) -> list[str]:

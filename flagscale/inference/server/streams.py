@@ -54,7 +54,8 @@ class Merged(Generic[Item]):
 
     def close(self) -> None:
         """End what still runs; it may be called more than once."""
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
 
 

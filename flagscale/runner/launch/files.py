@@ -6,8 +6,9 @@ disk or a folder that cannot be written is met in the first half, where undoing 
 
 import contextlib
 import errno
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,3 +144,27 @@ def write_all(files: Sequence[NewFile], folders: Sequence[Path] = ()) -> Written
         Written((*drafts, *new), tuple(made)).undo()
         raise
     return Written(tuple(new), tuple(made))
+
+
+@contextlib.contextmanager
+def hold_lock(exp_dir: Path) -> Iterator[None]:
+    """Only one launch at a time looks at an experiment folder and writes into it.
+
+    Raises:
+        LaunchError: another launch is at it.
+    """
+    path = exp_dir / "runs" / "lock"
+    make_folder(path.parent)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise explain_os_error(path, error) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise LaunchError(
+            f"another launch is writing into {exp_dir} at this moment; try again when it is done"
+        ) from None
+    finally:
+        os.close(fd)

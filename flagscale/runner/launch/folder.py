@@ -8,23 +8,20 @@
 A run's own folder holds everything needed to run it again or to tell its state, so a lost list costs only a look-up.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import re
 import secrets
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from flagscale import env
-from flagscale.errors import LaunchError, RunError
+from flagscale.errors import RunError
 from flagscale.runner.launch.archive import build_archive
-from flagscale.runner.launch.files import NewFile, explain_os_error, make_folder
+from flagscale.runner.launch.files import NewFile
 from flagscale.runner.launch.journal import Entry, Spec, load_spec
 from flagscale.runner.launch.provenance import query_environment, query_git
 from flagscale.runner.launch.sources import query_trees
@@ -305,30 +302,6 @@ def list_folders(plan: JobPlan, run_id: str) -> list[Path]:
     log_dir = Path(plan.log_dir)
     ranks = run_folder(Path(plan.exp_dir), run_id) / "ranks"
     return [ranks, log_dir / "pids", *(log_dir / "details" / host.label for host in plan.hosts)]
-
-
-@contextlib.contextmanager
-def hold_lock(exp_dir: Path) -> Iterator[None]:
-    """Only one launch at a time looks at an experiment folder and writes into it.
-
-    Raises:
-        LaunchError: another launch is at it.
-    """
-    path = exp_dir / "runs" / "lock"
-    make_folder(path.parent)
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise explain_os_error(path, error) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise LaunchError(
-            f"another launch is writing into {exp_dir} at this moment; try again when it is done"
-        ) from None
-    finally:
-        os.close(fd)
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------

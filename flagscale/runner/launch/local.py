@@ -25,13 +25,12 @@ from flagscale.runner.launch.checks import (
     gather_secrets,
 )
 from flagscale.runner.launch.ending import ask_to_end, catch_interrupts, tell_to_end
-from flagscale.runner.launch.files import make_folder, remove_folders, write_all
+from flagscale.runner.launch.files import hold_lock, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
     describe_job,
     find_cluster,
     find_current,
-    hold_lock,
     list_files,
     list_folders,
     make_run_id,
@@ -159,7 +158,7 @@ def end_cluster(run: RunRef) -> None:
     cluster = find_cluster(run)
     if cluster is None:
         return
-    tell_to_end(cluster, "the next launch")
+    tell_to_end(cluster, "the end of its job")
     deadline = time.monotonic() + CLUSTER_LIMIT_S
     while any(record.is_alive for record in load_records(cluster)):
         if time.monotonic() > deadline:

@@ -19,12 +19,11 @@ from typing import Any
 from flagscale.errors import FlagScaleError, LaunchError
 from flagscale.runner.launch.archive import KEEPER, build_archive
 from flagscale.runner.launch.checks import gather_secrets
-from flagscale.runner.launch.ending import catch_interrupts
-from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
+from flagscale.runner.launch.ending import Interrupts, catch_interrupts
+from flagscale.runner.launch.files import NewFile, hold_lock, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
     describe_job,
-    hold_lock,
     list_files,
     list_folders,
     list_remotes,
@@ -124,7 +123,9 @@ class Launch:
         found: list[dict[str, str]] = answer["places"]
         return found
 
-    def start_agents(self, door: Door, places: Sequence[Mapping[str, str]], after: Path | None) -> None:
+    def start_agents(
+        self, door: Door, places: Sequence[Mapping[str, str]], after: Path | None, interrupts: Interrupts
+    ) -> None:
         """Start the agent of every place, all at once.
 
         after: the notice that is to be written when all have ended
@@ -140,19 +141,18 @@ class Launch:
         ]
         addresses = dict(zip((MASTER_ADDR, SECOND_ADDR), (place["address"] for place in places), strict=False))
         job_env = {**self.secrets, **addresses}
-        with catch_interrupts(self.run, stops_job=False) as interrupts:
-            answer = door.ask("keep", KEEP_LIMIT_S, commands=commands, job_env=job_env, after=str(after or ""))
-            faults = [
-                (f"{host.host.name} ({place['hostname']})", told.strip() or f"exit code {code}")
-                for host, place, (code, _, told) in zip(self.plan.hosts, places, answer["results"], strict=True)
-                if code != 0
-            ]
-            if faults:
-                raise LaunchError(
-                    describe_faults(faults, len(places)).replace("nothing was", "all were ended, none was")
-                )
-            if interrupts.num:
-                raise explain_interrupt(self.run, is_stopping=True)
+        if interrupts.num:
+            raise explain_interrupt(self.run, is_stopping=True)
+        answer = door.ask("keep", KEEP_LIMIT_S, commands=commands, job_env=job_env, after=str(after or ""))
+        faults = [
+            (f"{host.host.name} ({place['hostname']})", told.strip() or f"exit code {code}")
+            for host, place, (code, _, told) in zip(self.plan.hosts, places, answer["results"], strict=True)
+            if code != 0
+        ]
+        if faults:
+            raise LaunchError(describe_faults(faults, len(places)).replace("nothing was started", "all were ended"))
+        if interrupts.num:
+            raise explain_interrupt(self.run, is_stopping=True)
 
 
 def start_in_own(launch: Launch, env: Mapping[str, str], record: Mapping[str, Any]) -> RunRef:
@@ -170,16 +170,18 @@ def start_in_own(launch: Launch, env: Mapping[str, str], record: Mapping[str, An
     }
     files = [*launch.list_files(values, record), *list_cluster_files(cluster_plan, run.run_id)]
     write_all(files, [*list_folders(plan, run.run_id), *list_folders(cluster_plan, run.run_id)])
-    start_agents(cluster, links, {}, strip_secrets(plan, env))
     door = launch.make_door(find_address(plan, free), auth_env(run.folder), max(launch.wait_s, START_LIMIT_S))
-    try:
-        places = launch.reserve(door, run.labels, len(plan.hosts))
-        launch.start_agents(door, places, cluster.notice_path)
-    except LaunchError as error:
-        write_notice(run.notice_path, Notice("", "the launch failed"))
-        words = [quote_last_words(record) for record in load_records(cluster) if record.has_ended]
-        end_all(cluster, links, "the launch failed")
-        raise type(error)("\n".join([str(error), *words])) from None
+    with catch_interrupts(run, stops_job=False) as interrupts:
+        start_agents(cluster, links, {}, strip_secrets(plan, env))
+        try:
+            places = launch.reserve(door, run.labels, len(plan.hosts))
+            launch.start_agents(door, places, cluster.notice_path, interrupts)
+        except LaunchError as error:
+            write_notice(run.notice_path, Notice("", "the launch failed"))
+            words = [quote_last_words(record) for record in load_records(cluster) if record.has_ended]
+            end_all(cluster, links, "the launch failed")
+            error.args = ("\n".join([str(error), *words]),)
+            raise
     return run
 
 
@@ -189,7 +191,22 @@ def start_in_running(launch: Launch, env: Mapping[str, str], record: Mapping[str
     auth = {name: value for name, value in env.items() if name.startswith("RAY_AUTH_")}
     address = dict(plan.launcher_options)["address"]
     door = launch.make_door(address, {} if launch.links.remotes else auth, launch.wait_s)
-    places = launch.reserve(door, [None] * len(plan.hosts), 1)
+    with catch_interrupts(run, stops_job=False) as interrupts:
+        places = launch.reserve(door, [None] * len(plan.hosts), 1)
+        _start_in_places(launch, door, places, env, record, interrupts)
+    return run
+
+
+def _start_in_places(
+    launch: Launch,
+    door: Door,
+    places: Sequence[Mapping[str, str]],
+    env: Mapping[str, str],
+    record: Mapping[str, Any],
+    interrupts: Interrupts,
+) -> None:
+    """Check in all places and start the job there, or give them back."""
+    plan, run = launch.plan, launch.run
     try:
         ready = check_hosts(plan, PlaceLinks(plan.hosts, places, door), env)
         first, port = places[0]["address"], str(ready.port)
@@ -201,9 +218,8 @@ def start_in_running(launch: Launch, env: Mapping[str, str], record: Mapping[str
             "master_endpoint": f"{first}:{port}",
         }
         write_all(launch.list_files(values, record), list_folders(plan, run.run_id))
-        launch.start_agents(door, places, None)
+        launch.start_agents(door, places, None, interrupts)
     except FlagScaleError:
         write_notice(run.notice_path, Notice("", "the launch failed"))
         door.ask("release", 0.0)
         raise
-    return run

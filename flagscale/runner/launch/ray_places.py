@@ -64,7 +64,9 @@ class Door:
 
 def _run_here(words: list[str], text: bytes, limit_s: float) -> Reply:
     try:
-        done = subprocess.run(words, input=text, capture_output=True, timeout=limit_s, check=False, cwd="/")
+        done = subprocess.run(
+            words, input=text, capture_output=True, timeout=limit_s, check=False, cwd="/", start_new_session=True
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return Reply({}, str(error))
     return read_reply(
@@ -79,7 +81,7 @@ def describe_place(host: HostPlan, pin: str | None) -> dict[str, Any]:
     """
     chip = find_chip(host.host.chip) if host.host.chip else None
     names = [host.host.chip] if host.host.chip else []
-    names += [chip.name, *chip.aliases] if chip else []
+    names += [chip.name] if chip else []  # and none of its aliases: an A800 is no H100
     is_named = pin is None and not host.host.is_placeholder
     return {
         "slots": host.host.slots,

@@ -19,11 +19,10 @@ from flagscale.errors import LaunchError, UserError
 from flagscale.runner.launch.archive import KEEPER, build_archive
 from flagscale.runner.launch.checks import check_outputs, check_programs, gather_secrets
 from flagscale.runner.launch.ending import Interrupts
-from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
+from flagscale.runner.launch.files import NewFile, hold_lock, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
     describe_job,
-    hold_lock,
     list_files,
     list_folders,
     make_run_id,
@@ -31,9 +30,11 @@ from flagscale.runner.launch.folder import (
 )
 from flagscale.runner.launch.journal import read_tail, write_small
 from flagscale.runner.launch.local import GRACE_S
+from flagscale.runner.launch.patches import expect_patches
 from flagscale.runner.launch.record import load_records
 from flagscale.runner.launch.slurm_queue import JOB_FILE, Queue, call_slurm, cancel_job, find_queue
 from flagscale.runner.launch.slurm_script import BATCH_LOG, bind_values, render_sbatch
+from flagscale.runner.launch.sources import check_trees
 from flagscale.runner.launch.ssh import end_stale
 from flagscale.runner.plan.job import JobPlan
 
@@ -58,6 +59,7 @@ def submit_job(
     """
     gather_secrets(plan, env)  # they travel in the job's environment, which Slurm hands on
     check_programs(plan, env)
+    check_trees(plan, expect_patches(plan))
     check_outputs(plan)
     exp_dir = Path(plan.exp_dir)
     made = make_folder(exp_dir / "runs")

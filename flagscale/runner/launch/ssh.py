@@ -26,12 +26,11 @@ from typing import Any
 from flagscale.errors import FlagScaleError, LaunchError, UserError
 from flagscale.runner.launch.checks import check_capacity, check_outputs, check_programs, choose_port, gather_secrets
 from flagscale.runner.launch.ending import catch_interrupts
-from flagscale.runner.launch.files import NewFile, make_folder, remove_folders, write_all
+from flagscale.runner.launch.files import NewFile, hold_lock, make_folder, remove_folders, write_all
 from flagscale.runner.launch.folder import (
     RunRef,
     describe_job,
     find_current,
-    hold_lock,
     list_away_files,
     list_files,
     list_folders,

@@ -20,6 +20,8 @@ NUM_LAST_LINES = 20
 INTERRUPTED = 130
 """The exit code that shells give for Ctrl-C."""
 FINISHED = "finished"
+LEAST_WIDTH = 9
+"""of the names in what a launch says, so that it looks the same from one to the next"""
 
 
 def wait_until_up(run: RunRef, plan: JobPlan, foreground: bool) -> None:
@@ -84,10 +86,10 @@ def describe_launch(run: RunRef, plan: JobPlan, foreground: bool) -> str:
         "follow": None if foreground else f"flagscale logs -f {run.run_id}",
         "stop": f"Ctrl-C, or elsewhere {stop}" if foreground else stop,
     }
-    width = max(len(name) for name, text in rows.items() if text)
+    width = max(LEAST_WIDTH, *(len(name) for name, text in rows.items() if text))
     what = plan.task + (f" with {plan.backend}" if plan.backend else "")
     head = f"run {run.run_id}: {f'{plan.exp_name}, ' if plan.exp_name else ''}{what}{size} on {where}"
-    return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in rows.items() if text)])
+    return "\n".join([head, *(f"  {name:<{width}} {text}" for name, text in rows.items() if text)])
 
 
 def explain_interrupt(run: RunRef, is_stopping: bool) -> LaunchError:

@@ -1,8 +1,9 @@
 """Staying with a job: its output and progress as they come, Ctrl-C, and what is to be said at the end."""
 
-from flagscale.errors import RunError
+from flagscale.errors import LaunchError, RunError
 from flagscale.runner.launch.ending import Interrupts, catch_interrupts, tell_to_end
 from flagscale.runner.launch.folder import RunRef
+from flagscale.runner.launch.local import end_cluster
 from flagscale.runner.launch.mirror import fetch_outputs
 from flagscale.runner.launch.reach import Look
 from flagscale.runner.monitor.logs import check_outputs_left, find_output_tails, follow_lines, tell_unread
@@ -21,6 +22,10 @@ def wait_job(run: RunRef) -> int:
     with catch_interrupts(run, stops_job=True) as interrupts:
         screen = Screen(run)
         _show_until_end(run, screen, interrupts, stops_job=True)
+        try:
+            end_cluster(run)
+        except LaunchError as error:
+            screen.say(str(error))
         return _tell_end(query_run(run), screen)
 
 

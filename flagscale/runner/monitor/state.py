@@ -51,7 +51,10 @@ class RankState:
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """One host. Times are seconds since 1970; num_leftovers counts processes that live without agent and guard."""
+    """One host. Times are seconds since 1970; num_leftovers counts processes that live without agent and guard.
+
+    hostname: what the machine calls itself, once its agent has started
+    """
 
     label: str
     state: State
@@ -63,6 +66,7 @@ class HostState:
     exit_code: int | None
     reason: str | None
     num_leftovers: int
+    hostname: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +183,7 @@ def _judge_host(record: HostRecord) -> HostState:
         exit_code=ended["exit_code"] if ended else None,
         reason=reason,
         num_leftovers=num_leftovers,
+        hostname=started["hostname"] if started else None,
     )
 
 
