@@ -10,6 +10,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Most of what is long about the tests is waiting, so more of them than there are cores run side by side.
+WORKERS ?= 4
 BIN := $(VENV)/bin
 # A rank that spins while it waits for another takes the core that the other one needs.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -25,11 +27,11 @@ demo: $(VENV)/.train source
 
 test: $(VENV)/.dev source lint
 	$(call say,"running the tests")
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadgroup
 
 test-all: $(VENV)/.dev source lint
 	$(call say,"running all tests, the long ones too")
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(call say,"linters and types")
