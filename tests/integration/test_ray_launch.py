@@ -103,6 +103,7 @@ def test_one_host_from_launch_to_the_second_stop(bench: Bench) -> None:
     assert (bench.status()["state"], bench.status()["exit_code"]) == ("stopped", 143)
 
 
+@pytest.mark.slow
 def test_a_job_outlives_its_launcher_and_its_cluster_ends_with_it(bench: Bench) -> None:
     write_local(bench)
     with bench.popen("run", str(bench.base / "conf" / "config.yaml"), "--foreground") as launcher:
