@@ -1,5 +1,6 @@
 """Where a training begins."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from flagscale.runner.config.hostfile import Host
-from flagscale.runner.launch.folder import ref_of
+from flagscale.runner.launch.folder import RUN_VERSION, ref_of
 from flagscale.runner.launch.resume import Checkpoint, describe_beginning, find_arguments, find_checkpoint
 from flagscale.runner.launch.startup import describe_launch
 from flagscale.runner.monitor.summary import describe_nothing_left
@@ -69,11 +70,17 @@ def test_the_arguments_are_those_of_the_ranks() -> None:
 
 
 def test_a_launch_in_words(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path)
+    exp_dir = tmp_path / "exp"
+    plan = replace(make_plan(tmp_path), exp_dir=str(exp_dir), log_dir=f"{exp_dir}/logs")
+    folder = exp_dir / "runs" / RUN_ID
+    folder.mkdir(parents=True)
+    tree = {"path": "/src", "kind": "patched", "series": ["A/b"], "digest": "f00ba4" * 8, "changed": ["a.py (edited)"]}
+    (folder / "job.json").write_text(json.dumps({"version": RUN_VERSION, "trees": [tree]}))
     assert describe_launch(ref_of(plan, RUN_ID), plan, foreground=False).splitlines() == [
         f"run {RUN_ID}: small, train with megatron, 2 ranks on localhost",
-        "  outputs   /exp",
-        "  log       /exp/logs/host_0_localhost.output",
+        "  source    /src: patched by A/b (f00ba4f00ba4), changed: a.py (edited)",
+        f"  outputs   {exp_dir}",
+        f"  log       {exp_dir}/logs/host_0_localhost.output",
         f"  training  starts from scratch: no checkpoint in {tmp_path}",
         f"  follow    flagscale logs -f {RUN_ID}",
         f"  stop      flagscale stop {RUN_ID}",
@@ -81,8 +88,9 @@ def test_a_launch_in_words(tmp_path: Path) -> None:
     served = replace(plan, task="serve", backend="", exp_name="", hosts=(plan.hosts[0],) * 2)
     assert describe_launch(ref_of(served, RUN_ID), served, foreground=True).splitlines() == [
         f"run {RUN_ID}: serve, 4 ranks on 2 hosts",
-        "  outputs   /exp",
-        "  log       /exp/logs",
+        "  source    /src: patched by A/b (f00ba4f00ba4), changed: a.py (edited)",
+        f"  outputs   {exp_dir}",
+        f"  log       {exp_dir}/logs",
         f"  stop      Ctrl-C, or elsewhere flagscale stop {RUN_ID}",
     ]
 
