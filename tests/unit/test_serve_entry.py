@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -49,6 +50,26 @@ def test_a_folder_makes_a_configuration(tmp_path: Path, monkeypatch: pytest.Monk
     assert job.exp_dir == str(tmp_path / "outputs/my-model")
     hub = load_config(compose_model("Qwen/Qwen3-8B", "vllm", tmp_path), tmp_path)
     assert hub.arguments[0][0].value == "Qwen/Qwen3-8B"
+
+
+def test_tiny_serves_what_was_trained_where_the_command_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training writes below the folder in which it is typed, and so does the service."""
+    from flagscale.cli.jobs import compose
+    from flagscale.cli.jobs import plan as plan_job
+
+    here = tmp_path / "a b"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    trained = plan_job(compose("tiny", "train", [])).plan
+    service = plan_job(compose("tiny", "serve", [])).plan.service
+    (seat,) = {model.seats[0] for model in decode_service(service or {}).models}
+    host = seat.job.hosts[0]
+    words = shlex.split(host.before_start or "")
+    model = str(here / "outputs/tiny_serve/model")
+    assert words[2:] == ["--checkpoints", dict(trained.hosts[0].processes[0].arguments)["save"], model]
+    assert dict(host.processes[0].arguments)["model"] == model
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
