@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["model", "port", "argument", "chips", "memory", "module", "killed", "ray", "other"]
+Kind = Literal["model", "port", "argument", "chips", "memory", "module", "killed", "ray", "host", "other"]
+"""host: a host of the replica cannot be reached"""
 FINAL: frozenset[Kind] = frozenset({"model", "argument", "chips", "module"})
 """kinds that another start cannot mend"""
 
