@@ -114,7 +114,7 @@ def find_cause(text: str, kinds: tuple[Kind, ...] = _ORDER) -> Cause | None:
     if found:  # what came last: engines warn of this and that before they meet what ends them
         return max(found, key=lambda row: row[0])[1]
     lines = _ERROR_LINE.findall(text)
-    return Cause("other", lines[-1].strip()[:LONGEST_LINE]) if lines else None
+    return Cause("other", lines[-1].strip().removeprefix("error: ")[:LONGEST_LINE]) if lines else None
 
 
 def explain_end(text: str, reason: str | None) -> Cause:
