@@ -66,9 +66,9 @@ def _attend(  # type: ignore[no-untyped-def]
         is_key = token < stop
         page = tl.load(span + NUM_FIELDS + token // PAGE, mask=is_key, other=0).to(tl.int64)
         slot = token % PAGE
-        place = keys + page * key_page + slot * key_token + kv_head * key_head
-        found = tl.load(place[:, None] + dim[None, :], mask=is_key[:, None] & (dim < KEY_DIM)[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(found), input_precision=PRECISION) * scale
+        key_at = keys + page * key_page + slot * key_token + kv_head * key_head
+        key = tl.load(key_at[:, None] + dim[None, :], mask=is_key[:, None] & (dim < KEY_DIM)[None, :], other=0.0)
+        scores = tl.dot(queries, tl.trans(key), input_precision=PRECISION) * scale
         seen = is_key[None, :] & (token[None, :] <= at[:, None])
         if WINDOW > 0:
             seen = seen & (token[None, :] > at[:, None] - WINDOW)
@@ -79,10 +79,10 @@ def _attend(  # type: ignore[no-untyped-def]
         weights = tl.exp(scores - base[:, None])
         fade = tl.exp(best - base)
         total = total * fade + tl.sum(weights, 1)
-        place = values + page * value_page + slot * value_token + kv_head * value_head
+        value_at = values + page * value_page + slot * value_token + kv_head * value_head
         is_value = is_key[:, None] & (value_dim < VALUE_DIM)[None, :]
-        found = tl.load(place[:, None] + value_dim[None, :], mask=is_value, other=0.0)
-        mixed = mixed * fade[:, None] + tl.dot(weights.to(found.dtype), found, input_precision=PRECISION)
+        value = tl.load(value_at[:, None] + value_dim[None, :], mask=is_value, other=0.0)
+        mixed = mixed * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
         best = highest
 
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
