@@ -60,6 +60,7 @@ _KNOWN: list[tuple[Kind, re.Pattern[str], str]] = [
         (r"HFValidationError: .*?: '([^']+)'", "there is no model at {0}"),
         (r"Cannot find any model weights with `([^`]+)`", "{0} holds no weights"),
         (r"failed to open GGUF file '?([^'\n]+?)'?(?: \(.*)?$", "there is no model at {0}"),
+        (r"SafetensorError: (.+)$", "a file of its weights cannot be read: {0}"),
         (r"failed to load model,? '([^']+)'", "the model {0} cannot be loaded"),
         (r"(?:error|OSError): (\S+ does not appear to have a file named \S+)", "{0}"),
         (r"Model architectures \[?(.+?)\]? are not supported", "the engine does not know the architecture {0}"),
