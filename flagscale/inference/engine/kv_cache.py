@@ -15,6 +15,7 @@ from math import prod
 import torch
 
 from flagscale.errors import UserError
+from flagscale.inference.engine.staging import stage
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,18 @@ class KVCache:
         keys, values = self._gather(0, self._keys[layer], pages), self._gather(1, self._values[layer], pages)
         return keys.view(num_rows, -1, *keys.shape[2:]), values.view(num_rows, -1, *values.shape[2:])
 
+    def pages_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values [pages, page_size, heads, dim] of a layer, where they lie."""
+        return self._keys[layer], self._values[layer]
+
     def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages (source, destination) in every layer."""
         pairs = tuple(pairs)
         if pairs:
-            src, dst = ([pair[side] for pair in pairs] for side in (0, 1))
+            device = self._keys[0].device
+            src, dst = (stage([pair[side] for pair in pairs], device) for side in (0, 1))
             for tensor in (*self._keys, *self._values):
-                tensor[dst] = tensor[src]
+                tensor.index_copy_(0, dst, tensor.index_select(0, src))
 
     def _gather(self, which: int, source: torch.Tensor, pages: "torch.Tensor | slice") -> torch.Tensor:
         if isinstance(pages, slice):
