@@ -46,6 +46,7 @@ def make_model(checkpoints: Path, folder: Path) -> str:
                 raise UserError(f"{folder}: was not made by this tool; expected a folder that does not exist yet")
             if (folder / ORIGIN).read_text() == origin:
                 return origin
+        print(f"{folder}: is made of {'nothing, and trained a little' if origin == RECIPE else origin}", flush=True)
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         if origin == RECIPE:
@@ -64,7 +65,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="the model's folder")
     args = parser.parse_args()
     try:
-        print(f"{args.folder}: {make_model(args.checkpoints, args.folder)}")
+        print(f"{args.folder}: is of the {make_model(args.checkpoints, args.folder)}")
     except FlagScaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -60,6 +60,9 @@ _KNOWN: list[tuple[Kind, re.Pattern[str], str]] = [
         (r"HFValidationError: .*?: '([^']+)'", "there is no model at {0}"),
         (r"Cannot find any model weights with `([^`]+)`", "{0} holds no weights"),
         (r"failed to open GGUF file '?([^'\n]+?)'?(?: \(.*)?$", "there is no model at {0}"),
+        (r"SafetensorError: (.+)$", "a file of its weights cannot be read: {0}"),
+        (r"error loading model: ([^\n]+)\n(?:.*\n)*?.*failed to load model,? '([^']+)'",
+         "the model {1} cannot be loaded: {0}"),
         (r"failed to load model,? '([^']+)'", "the model {0} cannot be loaded"),
         (r"(?:error|OSError): (\S+ does not appear to have a file named \S+)", "{0}"),
         (r"Model architectures \[?(.+?)\]? are not supported", "the engine does not know the architecture {0}"),
@@ -109,9 +112,10 @@ def find_cause(text: str, kinds: tuple[Kind, ...] = _ORDER) -> Cause | None:
     found: list[tuple[int, Cause]] = []
     for kind, pattern, line in _KNOWN:
         if kind in kinds and (matches := list(pattern.finditer(text))):
-            told = " ".join(line.format(*matches[-1].groups()).split())
-            found.append((matches[-1].start(), Cause(kind, told[:LONGEST_LINE])))
-    if found:  # what came last: engines warn of this and that before they meet what ends them
+            last = matches[-1]
+            told = " ".join(line.format(*last.groups()).split())
+            found.append((last.start(last.lastindex or 0), Cause(kind, told[:LONGEST_LINE])))
+    if found:  # what came last, of equals the first row: engines warn of this and that before they meet what ends them
         return max(found, key=lambda row: row[0])[1]
     lines = _ERROR_LINE.findall(text)
     return Cause("other", lines[-1].strip().removeprefix("error: ")[:LONGEST_LINE]) if lines else None

@@ -40,8 +40,9 @@ def service_of(path: Path) -> ServicePlan:
 @pytest.mark.parametrize("path", SERVICES, ids=name_of)
 def test_scripts_are_golden(path: Path, request: pytest.FixtureRequest) -> None:
     folder = GOLDEN / name_of(path).replace("/", "_")
+    here = str(Path.cwd())  # what `${hydra:runtime.cwd}` stands for
     scripts = {
-        f"{job.exp_name}_{host.host.name}_{process.name}.sh": render_script(job, host, process)
+        f"{job.exp_name}_{host.host.name}_{process.name}.sh": render_script(job, host, process).replace(here, str(CWD))
         for job in list_first_jobs(service_of(path))
         for host in job.hosts
         for process in host.processes

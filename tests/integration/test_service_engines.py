@@ -8,14 +8,24 @@ The native engine is always there. Others are the user's, so their tests say whe
     FLAGSCALE_TEST_GGUF        a model that it loads
 """
 
+import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from conftest import SERVICES
+from factories import ROOT
 from services import Bench, wait_for
+
+from flagscale.cli.jobs import compose, plan
+from flagscale.runner.plan.job import LaunchName
+from flagscale.runner.plan.service import decode_service, list_first_jobs
+from flagscale.runner.render.argv import render_argv
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -113,6 +123,49 @@ def test_vllm_two_replicas_survive_a_death_and_an_update(bench: Bench, tiny_mode
         assert done.returncode == 0, done.stderr
     assert load.faults == []
     assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+PARSERS = {
+    "vllm": """
+import json, sys
+from vllm.entrypoints.cli.serve import cmd_init
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+commands = parser.add_subparsers()
+(serve,) = cmd_init()
+serve.subparser_init(commands)
+for argv in json.load(sys.stdin):
+    serve.validate(parser.parse_args(argv[argv.index("serve"):]))
+""",
+    "sglang": """
+import argparse, json, sys
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+for argv in json.load(sys.stdin):
+    parser.parse_args(argv[argv.index("sglang.launch_server") + 1:])
+""",
+}
+"""engine -> a program that has the engine's own parser read command lines, an array of arrays"""
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", PARSERS)
+def test_the_engines_own_parser_takes_every_example(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(f"FLAGSCALE_TEST_{engine.upper()}")
+    monkeypatch.chdir(ROOT)
+    values = dict.fromkeys(get_args(LaunchName), "4000")
+    services = [service for path in SERVICES if (service := plan(compose(str(path), "serve", [])).plan.service)]
+    jobs = [job for service in services for job in list_first_jobs(decode_service(service))]
+    processes = [process for job in jobs for host in job.hosts for process in host.processes]
+    lines = [render_argv(process, values) for process in processes if process.backend == engine]
+    assert len(lines) > 3
+    done = subprocess.run(
+        [str(Path(folder, "python")), "-c", PARSERS[engine]], input=json.dumps(lines), capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.engine

@@ -32,6 +32,10 @@ SAID = [
      "no model at /m/x"),
     ("model", "gguf_init_from_file: failed to open GGUF file '/m.gguf' (No such file or directory)", "/m.gguf"),
     ("model", "srv    load_model: failed to load model, '/m.gguf'", "the model /m.gguf cannot be loaded"),
+    ("model", "E llama_model_load: error loading model: no merges\n\nE x: failed to load model\n"
+     "E srv    load_model: failed to load model, '/m.gguf'", "the model /m.gguf cannot be loaded: no merges"),
+    ("model", "safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata",
+     "a file of its weights cannot be read: Error while deserializing header: incomplete metadata"),
     ("model", "OSError: /m does not appear to have a file named config.json. Checkout", "named config.json"),
     ("chips", "ValueError: World size (8) is larger than the number of available GPUs (2) in this node.",
      "needs 8 chips and sees 2"),

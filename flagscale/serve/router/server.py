@@ -103,7 +103,9 @@ class RouterServer(uvicorn.Server):
                 timeout_graceful_shutdown=int(settings.drain_timeout_s) + _CUT_GRACE_S,
             )
         )
-        logging.getLogger("uvicorn.error").addFilter(_is_news)
+        uvicorn_log = logging.getLogger("uvicorn.error")
+        uvicorn_log.addFilter(_is_news)
+        uvicorn_log.setLevel(logging.WARNING)  # that it starts and ends is told here
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         count = self._pool.in_flight() + self._pool.held()

@@ -4,7 +4,7 @@ cd -- /flagscale || exit 1
 mkdir -p -- /home/user/outputs/tiny_serve/serve/tiny-0/serve_logs || exit 1
 mkdir -p -- /home/user/outputs/tiny_serve/serve/tiny-0/serve_logs/pids || exit 1
 mkdir -p -- /home/user/outputs/tiny_serve/serve/tiny-0/serve_logs/details || exit 1
-python tools/tiny_model.py --checkpoints ./outputs/tiny/checkpoints ./outputs/tiny_serve/model
+python tools/tiny_model.py --checkpoints '/home/user/outputs/tiny/checkpoints' '/home/user/outputs/tiny_serve/model'
 
 status=$?; [ "$status" -eq 0 ] || {
   echo "before_start failed with exit code $status" >&2; exit "$status"
@@ -21,5 +21,5 @@ exec python -m flagscale.inference.server \
   --host 127.0.0.1 \
   --port '<master_port: chosen at launch>' \
   --api-key-env FLAGSCALE_ENGINE_KEY \
-  --model ./outputs/tiny_serve/model \
+  --model /home/user/outputs/tiny_serve/model \
   --served-model-name tiny
