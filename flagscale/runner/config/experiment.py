@@ -128,9 +128,12 @@ class Deploy(Section):
     """settings of the router in front of the replicas"""
     use_fs_serve: bool = True
     enable_composition: bool = False
+    """the models are classes that take each other's results; see `graph.py`"""
     name: str | None = None
+    """the path that a graph of models answers at; default /"""
     request: Request | None = None
     working_dir: str | None = None
+    """a folder whose files a graph's nodes get on every host, and start in"""
     prefill_decode_disaggregation: bool = False
     prefill_num: int = Field(default=1, ge=1)
     decode_num: int = Field(default=1, ge=1)

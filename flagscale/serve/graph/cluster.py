@@ -1,0 +1,349 @@
+"""Ray as the program of a graph needs it: one head beside it, the nodes as applications of Ray Serve, calls of them.
+
+All that knows Ray's names is here and in `node.py`. Except `call`, everything waits for Ray and is called in a thread.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flagscale.errors import LaunchError
+from flagscale.runner.config.signature import UnreadableError, read_outline
+from flagscale.runner.launch.ray_cluster import OLDEST
+from flagscale.runner.plan.graph import GraphPlan, NodePlan
+
+POLL_S = 0.3
+END_LIMIT_S = 20.0
+NUM_HEADS = 3
+"""Ray gives its own processes 30 s to come up, which a busy machine may not."""
+MOST_CALLS = 100
+"""of a coroutine `forward` at a time, in one replica"""
+MOST_WAITING = 1024
+"""calls of one node that wait for a replica with room; beyond, a request is refused"""
+HEALTH_EVERY_S = 5.0
+NUM_STARTS = 1
+"""A class that cannot be made is not tried again: the service has not begun, and its cause is known."""
+STATES = {"RUNNING": "ready", "STARTING": "starting", "STOPPING": "draining"}
+
+
+class BusyError(Exception):
+    """More calls of a node wait than may."""
+
+
+class ReplicaLostError(Exception):
+    """The replica that computed has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One replica as Ray tells of it. since: seconds since the epoch"""
+
+    id: str
+    state: str
+    host: str
+    pid: int | None
+    since: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """One node as Ray tells of it. is_failed: it cannot be started, and message says why"""
+
+    wanted: int
+    replicas: tuple[ReplicaView, ...]
+    is_healthy: bool
+    is_failed: bool
+    message: str
+
+    @property
+    def num_ready(self) -> int:
+        return sum(replica.state == "ready" for replica in self.replicas)
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A Ray cluster of our own; `head` is the command of its first node, which is started and ended here."""
+
+    head: Sequence[str]
+    address: str
+    is_stopping: bool = False
+    _process: subprocess.Popen[bytes] | None = None
+    _handles: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, num_hosts: int, limit_s: float) -> None:
+        """Start the head, and return when all hosts have joined.
+
+        Raises:
+            LaunchError: there is no Ray, its head ended, or not all came in time.
+        """
+        ray = _import_ray()
+        deadline = time.monotonic() + limit_s
+        for attempt in range(1, NUM_HEADS + 1):
+            try:
+                self._start_head()
+                self._join(ray, deadline)
+                break
+            except LaunchError as error:
+                has_ended = self._process is not None and self._process.poll() is not None
+                if not has_ended or attempt == NUM_HEADS or self.is_stopping or time.monotonic() > deadline:
+                    raise
+                print(f"{error}; it is started again", flush=True)
+        while (count := sum(node["Alive"] for node in ray.nodes())) < num_hosts:
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise LaunchError(f"only {count} of {num_hosts} hosts joined Ray within {limit_s:g} s")
+            time.sleep(POLL_S)
+
+    def _start_head(self) -> None:
+        if self.is_stopping:
+            raise LaunchError("is being stopped")
+        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        try:
+            self._process = subprocess.Popen(self.head, env=env, stdin=subprocess.DEVNULL)
+        except OSError as error:
+            raise LaunchError(f"`{self.head[0]}` cannot be started: {error.strerror}") from None
+
+    def _join(self, ray: Any, deadline: float) -> None:
+        """Join the cluster once its head can be joined: it answers before it knows itself."""
+        self._wait_for_port(deadline)
+        while True:
+            try:
+                ray.init(address=self.address, logging_level="ERROR", configure_logging=False)
+                return
+            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+                self.check_alive()
+                if time.monotonic() > deadline:
+                    said = str(error).strip().splitlines()[0]
+                    raise LaunchError(f"the head of Ray at {self.address} cannot be joined: {said}") from None
+            time.sleep(POLL_S)
+
+    def _wait_for_port(self, deadline: float) -> None:
+        """Ray itself would wait for minutes, and not say for what."""
+        host, _, port = self.address.rpartition(":")
+        while time.monotonic() < deadline:
+            self.check_alive()
+            with contextlib.suppress(OSError):
+                socket.create_connection((host, int(port)), 1.0).close()
+                return
+            time.sleep(POLL_S)
+        raise LaunchError(f"the head of Ray does not answer at {self.address}")
+
+    def check_alive(self) -> None:
+        """
+        Raises:
+            LaunchError: the head has ended.
+        """
+        code = self._process.poll() if self._process is not None else None
+        if code is not None:
+            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise LaunchError(f"the head of Ray {how}")
+
+    def deploy(self, graph: GraphPlan) -> None:
+        """Begin to start all nodes.
+
+        Raises:
+            LaunchError: the cluster can never hold them.
+        """
+        import ray
+        from ray import serve
+        from ray.serve.api import RunTarget
+
+        if fault := find_shortage(graph, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+            raise LaunchError(fault)
+        serve.start(proxy_location="Disabled")
+        targets = [
+            RunTarget(_make_application(node, graph.working_dir), name=node.name, route_prefix=None)
+            for node in graph.nodes
+        ]
+        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+    def look(self, graph: GraphPlan) -> dict[str, NodeView]:
+        """Every node as it is.
+
+        Raises:
+            LaunchError: the head has ended.
+        """
+        import ray
+        from ray.serve.context import _get_global_client
+
+        self.check_alive()
+        try:
+            found = _get_global_client().get_serve_details()["applications"]
+        except ray.exceptions.RayError:
+            self.check_alive()
+            raise
+        return {
+            node.name: _read_view(node, found.get(node.name, {}).get("deployments", {}).get(node.name, {}))
+            for node in graph.nodes
+        }
+
+    async def call(self, node: str, args: Sequence[Any], fields: Mapping[str, Any]) -> Any:
+        """What `forward` of a node gives; being cancelled cancels the call.
+
+        Raises:
+            BusyError, ReplicaLostError: as they say.
+            Exception: what `forward` raised.
+        """
+        from ray import serve
+        from ray.exceptions import RayActorError, RayTaskError
+        from ray.serve.exceptions import BackPressureError
+
+        if node not in self._handles:
+            self._handles[node] = serve.get_app_handle(node)
+        response = self._handles[node].forward.remote(*args, **fields)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError:
+            raise BusyError(f"{MOST_WAITING} calls wait already") from None
+        except RayActorError:
+            raise ReplicaLostError("its replica ended while it computed") from None
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+
+    def stop(self) -> None:
+        """End the head and all that runs on it; returns when it has ended."""
+        self.is_stopping = True
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.terminate()
+        try:
+            process.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _import_ray() -> Any:
+    """
+    Raises:
+        LaunchError: Ray, or what its Serve needs, is not installed, or too old.
+    """
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise LaunchError(f"Ray Serve is not here ({error}); expected `pip install 'flagscale[ray]'`") from None
+    del serve
+    version = str(ray.__version__)
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < OLDEST:
+        raise LaunchError(f"Ray is {version}; expected {OLDEST[0]}.{OLDEST[1]} or newer")
+    return ray
+
+
+def find_shortage(graph: GraphPlan, hosts: Sequence[Mapping[str, float]]) -> str | None:
+    """Why the replicas that a graph begins with can never be placed; None where they may.
+
+    hosts: what each host of the cluster has, by Ray's names
+    """
+    totals: dict[str, float] = {}
+    for node in graph.nodes:
+        for name, amount in ((node.gpu_name, node.num_gpus), ("CPU", node.num_cpus)):
+            most = max((host.get(name, 0) for host in hosts), default=0)
+            if amount > most:
+                return f"{node.name} needs {amount:g} {name} in one place, and the largest host has {most:g}"
+            totals[name] = totals.get(name, 0) + amount * node.scaling.initial
+    for name, needed in totals.items():
+        have = sum(host.get(name, 0) for host in hosts)
+        if needed > have:
+            return f"the replicas that the graph begins with need {needed:g} {name}, and the hosts have {have:g}"
+    return None
+
+
+def _make_application(node: NodePlan, working_dir: str) -> Any:
+    """One node as an application of Ray Serve."""
+    from ray import serve
+
+    from flagscale.serve.graph.node import Node
+
+    path = node.path
+    if working_dir and Path(path).is_relative_to(working_dir):
+        path = str(Path(path).relative_to(working_dir))
+    deployment = serve.deployment(Node, name=node.name, **make_options(node, working_dir))
+    return deployment.bind(path, node.class_name)
+
+
+def is_serial(node: NodePlan) -> bool:
+    """Whether a replica computes one call at a time: then others wait for whichever replica is free first."""
+    try:
+        outline = read_outline(Path(node.path))
+    except UnreadableError:
+        return False
+    found = outline.classes.get(node.class_name)
+    forward = found.methods.get("forward") if found else None
+    return forward is not None and not forward.is_async
+
+
+def make_options(node: NodePlan, working_dir: str) -> dict[str, Any]:
+    """A node's options as `ray.serve.deployment` takes them."""
+    actor: dict[str, Any] = {"num_cpus": node.num_cpus}
+    if node.num_gpus:
+        actor |= (
+            {"num_gpus": node.num_gpus} if node.gpu_name == "GPU" else {"resources": {node.gpu_name: node.num_gpus}}
+        )
+    if working_dir:
+        actor["runtime_env"] = {"working_dir": working_dir}
+    scaling = node.scaling
+    options: dict[str, Any] = {
+        "ray_actor_options": actor,
+        "max_ongoing_requests": 1 if is_serial(node) else MOST_CALLS,
+        "max_queued_requests": MOST_WAITING,
+        "health_check_period_s": HEALTH_EVERY_S,
+        "max_constructor_retry_count": NUM_STARTS,
+        "logging_config": {"enable_access_log": False},
+    }
+    if scaling.lowest == scaling.highest:
+        return {**options, "num_replicas": scaling.initial}
+    bounds = {
+        "min_replicas": scaling.lowest,
+        "initial_replicas": scaling.initial,
+        "max_replicas": scaling.highest,
+        "target_ongoing_requests": scaling.target,
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
+    }
+    return {**options, "autoscaling_config": bounds}
+
+
+def _read_view(node: NodePlan, row: Mapping[str, Any]) -> NodeView:
+    """A deployment's details; empty where Ray has none yet."""
+    status = _name_of(row.get("status", "UPDATING"))
+    replicas = [
+        ReplicaView(
+            id=f"{node.name}-{found['replica_id']}",
+            state=STATES.get(_name_of(found["state"]), "starting"),
+            host=str(found.get("node_ip") or "-"),
+            pid=found.get("pid"),
+            since=found.get("start_time_s"),
+        )
+        for found in row.get("replicas", [])
+    ]
+    return NodeView(
+        wanted=int(row.get("target_num_replicas", node.scaling.initial)),
+        replicas=tuple(replicas),
+        is_healthy=status in ("HEALTHY", "UPSCALING", "DOWNSCALING"),
+        is_failed=status == "DEPLOY_FAILED",
+        message=find_cause(str(row.get("message", ""))),
+    )
+
+
+def _name_of(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def find_cause(message: str) -> str:
+    """Of what Ray says about a node: the line in which the node itself tells why, else the first."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    marks = [line.partition("NodeStartError: ")[2] for line in lines if "NodeStartError: " in line]
+    return marks[-1] if marks else lines[0] if lines else ""
