@@ -1,10 +1,13 @@
 """Laws of graphs of models: what is computed, in which order, how often; and that no circle is missed."""
 
 import asyncio
+import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from graphs import make_graph
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +21,7 @@ Graph = dict[str, list[str]]
 
 @st.composite
 def graphs(draw: st.DrawFn, has_one_sink: bool = True) -> Graph:
-    """A graph without circles, its nodes in any order; each takes results of earlier ones, one of them perhaps twice."""
+    """A graph without circles, its nodes in any order; each takes results of others, one of them perhaps twice."""
     count = draw(st.integers(1, 9))
     names = [f"n{index}" for index in range(count)]
     graph: Graph = {}
@@ -163,16 +166,12 @@ def test_a_circle_is_always_found_and_shown(graph: Graph, data: st.DataObject) -
     for fault in faults:
         shown = fault.message.removeprefix("goes round in a circle: ").split(" -> ")
         assert shown[0] == shown[-1]
-        assert all(other in closed[name] for name, other in zip(shown, shown[1:], strict=False))
+        assert all(other in closed[name] for name, other in pairwise(shown))
         assert fault.path == f"serve.{list(closed).index(shown[0])}.depends"
 
 
 @given(graphs(), st.lists(st.tuples(st.sampled_from(["a", "b"]), st.sampled_from(["str", "int"])), unique=True))
 def test_a_graph_survives_its_way_through_json(graph: Graph, request: list[tuple[str, str]]) -> None:
-    import json
-
-    from graphs import make_graph
-
     made = make_graph(graph, request, working_dir="/w", num_hosts=2)
     assert decode_graph(json.loads(json.dumps(encode_graph(made)))) == made
 

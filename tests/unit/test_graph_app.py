@@ -91,7 +91,9 @@ def test_the_answer_is_the_result_of_the_last_node_and_each_is_computed_once() -
 )
 def test_a_body_that_does_not_fit_is_refused_by_field(body: Any, status: int, param: str | None, told: str) -> None:
     here = Here()
-    answer = ask(make_app(here, [("prompt", "str"), ("n", "int")], max_body_bytes=100_000 if status < 413 else 1000), body)
+    answer = ask(
+        make_app(here, [("prompt", "str"), ("n", "int")], max_body_bytes=100_000 if status < 413 else 1000), body
+    )
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param)
     assert told in error["message"]
@@ -99,7 +101,14 @@ def test_a_body_that_does_not_fit_is_refused_by_field(body: Any, status: int, pa
 
 
 def test_fields_of_all_types_pass_and_others_are_passed_over() -> None:
-    request = [("json", "str"), ("x", "float"), ("b", "bool"), ("items", "list"), ("model_config", "dict"), ("n", "int")]
+    request = [
+        ("json", "str"),
+        ("x", "float"),
+        ("b", "bool"),
+        ("items", "list"),
+        ("model_config", "dict"),
+        ("n", "int"),
+    ]
     body = {"json": "s", "x": 1, "b": False, "items": [1, "a", None], "model_config": {"k": {}}, "n": 2**70}
     app = make_app(Here(results={"D": "done"}), request)
     assert ask(app, {**body, "more": 1}).json() == "done"
@@ -132,7 +141,9 @@ def test_a_node_that_is_busy_and_a_graph_that_is_not_ready_say_to_come_again() -
 def test_a_result_that_is_no_json_is_the_last_nodes_fault(result: Any) -> None:
     answer = ask(make_app(Here(results={"D": result})))
     assert answer.status_code == 500
-    assert f"node `D` gave a {type(result).__name__} that cannot be written as JSON" in answer.json()["error"]["message"]
+    assert (
+        f"node `D` gave a {type(result).__name__} that cannot be written as JSON" in answer.json()["error"]["message"]
+    )
 
 
 def test_when_the_caller_leaves_the_evaluation_ends() -> None:
@@ -164,7 +175,7 @@ def test_when_the_caller_leaves_the_evaluation_ends() -> None:
     asyncio.run(run())
 
 
-def test_statuses_of_tasks_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statuses_of_tasks_are_kept_within_bounds() -> None:
     app = make_app(Here())
 
     def act(verb: str, **body: Any) -> tuple[int, Any]:
@@ -211,5 +222,3 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(Here(), [("pro
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_interface_keeps_to_its_description(case: schemathesis.Case) -> None:
     case.call_and_validate()
-
-

@@ -57,7 +57,8 @@ def test_all_faults_of_a_graph_are_told_at_once(folder: Path) -> None:
         "serve.4.engine": "stands in a graph of models, whose nodes are classes; expected a service of its own for "
         "the engine, which a class of the graph asks over HTTP",
         "serve.4.engine_args": "stands in a graph of models, whose nodes are classes",
-        "serve": "2 nodes have a result that no other takes: lone, idle; expected exactly one, whose result is the answer",
+        "serve": "2 nodes have a result that no other takes: lone, idle; expected exactly one, whose result is the "
+        "answer",
         f"{REQUEST}.types.0": "is `string`; expected one of str, int, float, bool, list, dict; did you mean `str`?",
     }
 
