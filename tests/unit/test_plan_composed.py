@@ -1,5 +1,6 @@
 """`plan_composed`: the program with the head of Ray, workers on other hosts, what nodes are given, what is secret."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def test_what_a_node_asks_for_as_ray_takes_it(folder: Path) -> None:
     assert (is_serial(first), is_serial(second), is_serial(last)) == (True, False, True)
     options = make_options(last, graph.working_dir)
     assert options["ray_actor_options"] == {
-        "num_cpus": 2.0, "num_gpus": 0.5, "runtime_env": {"working_dir": str(folder)},
+        "num_cpus": 2.0, "num_gpus": 0.5,
+        "runtime_env": {"working_dir": str(folder), "env_vars": {"OMP_NUM_THREADS": "2"}},
     }  # fmt: skip
     bounds = options["autoscaling_config"]
     assert (bounds["min_replicas"], bounds["initial_replicas"], bounds["max_replicas"]) == (2, 2, 3)
@@ -156,6 +158,12 @@ def test_the_cause_is_found_in_what_ray_says() -> None:
     assert find_cause(said) == "m.py:3: no"
     assert find_cause("first\nsecond") == "first"
     assert find_cause("") == ""
+
+
+def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(LaunchError, match=r"Ray Serve is not here .*`pip install 'flagscale\[ray\]'`"):
+        Cluster(("ray",), "127.0.0.1:1").start(1, 1.0)
 
 
 def test_a_head_that_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

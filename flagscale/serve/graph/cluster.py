@@ -42,6 +42,10 @@ class ReplicaLostError(Exception):
     """The replica that computed has ended."""
 
 
+class SilentError(Exception):
+    """Ray does not tell how the nodes are."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
     """One replica as Ray tells of it. since: seconds since the epoch"""
@@ -170,6 +174,7 @@ class Cluster:
 
         Raises:
             LaunchError: the head has ended.
+            SilentError: Ray does not tell, as when its Serve is started again.
         """
         import ray
         from ray.serve.context import _get_global_client
@@ -177,9 +182,9 @@ class Cluster:
         self.check_alive()
         try:
             found = _get_global_client().get_serve_details()["applications"]
-        except ray.exceptions.RayError:
+        except ray.exceptions.RayError as error:
             self.check_alive()
-            raise
+            raise SilentError(str(error).strip().splitlines()[0]) from None
         return {
             node.name: _read_view(node, found.get(node.name, {}).get("deployments", {}).get(node.name, {}))
             for node in graph.nodes
@@ -292,8 +297,11 @@ def make_options(node: NodePlan, working_dir: str) -> dict[str, Any]:
         actor |= (
             {"num_gpus": node.num_gpus} if node.gpu_name == "GPU" else {"resources": {node.gpu_name: node.num_gpus}}
         )
-    if working_dir:
-        actor["runtime_env"] = {"working_dir": working_dir}
+    runtime: dict[str, Any] = {"working_dir": working_dir} if working_dir else {}
+    if node.num_cpus >= 1:
+        runtime["env_vars"] = {"OMP_NUM_THREADS": str(int(node.num_cpus))}
+    if runtime:
+        actor["runtime_env"] = runtime
     scaling = node.scaling
     options: dict[str, Any] = {
         "ray_actor_options": actor,

@@ -11,11 +11,12 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import uvicorn
 
@@ -25,13 +26,15 @@ from flagscale.runner.plan.service import ServicePlan, decode_service
 from flagscale.serve.control import build_control, serve_quietly
 from flagscale.serve.folder import Control, save_control
 from flagscale.serve.graph.app import GraphEndpoint, build_app
-from flagscale.serve.graph.cluster import Cluster, NodeView
+from flagscale.serve.graph.cluster import Cluster, NodeView, SilentError
 from flagscale.serve.router.server import listen, make_protocol
 from flagscale.serve.router.settings import RouterSettings
 from flagscale.serve.terms import make_settings
 
 Phase = Literal["starting", "ready", "degraded", "failed", "stopping"]
+T = TypeVar("T")
 LOOK_EVERY_S = 0.5
+SILENT_LIMIT_S = 60.0
 HOLD_FAILED_S = 600.0
 """how long a graph that failed waits to be asked why, before it ends by itself"""
 
@@ -66,6 +69,7 @@ class GraphProgram:
     is_stopping: bool = False
     was_ready: bool = False
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4))
     endpoint: GraphEndpoint = field(init=False)
     server: Server = field(init=False)
 
@@ -183,7 +187,7 @@ class GraphProgram:
                 keeping.cancel()
                 await asyncio.gather(keeping, return_exceptions=True)
             finally:
-                await asyncio.to_thread(self.cluster.stop)
+                await self._wait_for(self.cluster.stop)
                 tell("has ended")
                 control.cancel()
                 await asyncio.wait([control])
@@ -207,17 +211,27 @@ class GraphProgram:
         Raises:
             LaunchError: Ray did not start or has ended, or a node cannot be started.
         """
-        limit_s = self.service.start_timeout_s
-        await asyncio.to_thread(self.cluster.start, self.graph.num_hosts, limit_s)
+        limit_s, clock = self.service.start_timeout_s, time.monotonic
+        await self._wait_for(self.cluster.start, self.graph.num_hosts, limit_s)
         self.note = "nodes start"
         tell("Ray is there; nodes start")
-        await asyncio.to_thread(self.cluster.deploy, self.graph)
-        deadline = time.monotonic() + limit_s
+        await self._wait_for(self.cluster.deploy, self.graph)
+        deadline = clock() + limit_s
+        seen = clock()
         while True:
-            self.views = await asyncio.to_thread(self.cluster.look, self.graph)
+            try:
+                self.views = await self._wait_for(self.cluster.look, self.graph)
+                seen = clock()
+            except SilentError as error:
+                if clock() - seen > SILENT_LIMIT_S:
+                    raise LaunchError(f"Ray did not answer for {SILENT_LIMIT_S:g} s: {error}") from None
             if not self.was_ready:
-                self._check_start(time.monotonic() > deadline)
+                self._check_start(clock() > deadline)
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _wait_for(self, function: Callable[..., T], *args: Any) -> T:
+        """A function that waits for Ray, in a thread; the loop's own threads would be waited for at its end."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     def _check_start(self, is_late: bool) -> None:
         for name, view in self.views.items():
