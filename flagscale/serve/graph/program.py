@@ -211,13 +211,22 @@ class GraphProgram:
         Raises:
             LaunchError: Ray did not start or has ended, or a node cannot be started.
         """
-        limit_s, clock = self.service.start_timeout_s, time.monotonic
-        await self._wait_for(self.cluster.start, self.graph.num_hosts, limit_s)
+        await self._wait_for(self.cluster.start, self.graph.num_hosts, self.service.start_timeout_s)
         self.note = "nodes start"
         tell("Ray is there; nodes start")
+        await asyncio.gather(self._watch_head(), self._keep_nodes())
+
+    async def _watch_head(self) -> None:
+        """By itself, for whoever asks a Ray without a head waits long."""
+        while True:
+            self.cluster.check_alive()
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _keep_nodes(self) -> None:
         await self._wait_for(self.cluster.deploy, self.graph)
-        deadline = clock() + limit_s
+        clock = time.monotonic
         seen = clock()
+        deadline = seen + self.service.start_timeout_s
         while True:
             try:
                 self.views = await self._wait_for(self.cluster.look, self.graph)
