@@ -176,6 +176,7 @@ def test_a_class_is_read_from_its_text(text: str, told: str, folder: Path) -> No
         ({"name": "/manager/mine"}, "name", "which every graph has for itself"),
         ({"working_dir": "nowhere"}, "working_dir", "there is no folder"),
         ({"prefill_decode_disaggregation": True}, "prefill_decode_disaggregation", "expected one of them"),
+        ({"host_lost_after_s": 5}, "host_lost_after_s", "ends with the first of its hosts"),
         ({"router": {"policy": "session"}}, "router.policy", "there is no router in front of a graph"),
         ({"request": {"args": ["prompt"], "types": []}}, "request", "has 1 args and 0 types"),
         ({"request": {"args": ["prompt", "prompt"], "types": ["str", "str"]}}, "request.args.1", "a second time"),

@@ -132,6 +132,8 @@ def _check_deploy(deploy: Deploy, cwd: Path) -> Iterator[Fault]:
         yield Fault(
             f"{DEPLOY}.prefill_decode_disaggregation", "stands beside enable_composition", expected="one of them"
         )
+    if "host_lost_after_s" in deploy.model_fields_set:
+        yield Fault(f"{DEPLOY}.host_lost_after_s", "has no effect: a graph of models ends with the first of its hosts")
     for name in deploy.router.keys() - ROUTER_SETTINGS:
         yield Fault(f"{DEPLOY}.router.{name}", "has no effect: there is no router in front of a graph of models")
     yield from _check_request(deploy)

@@ -53,6 +53,9 @@ def plan_serve(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
         key = "prefill_decode_disaggregation"
         raise UserError(f"experiment.runner.deploy.{key}: this release plans engines side by side, not this shape")
     if isinstance(config.task, CustomServe):
+        if deploy.enable_composition:
+            text = "`serve` is a mapping with an entry point of its own; a graph of models is a list of nodes"
+            raise UserError(f"experiment.runner.deploy.enable_composition: {text}")
         return _plan_custom(config, hosts, site)
     if deploy.enable_composition:
         return plan_composed(config, hosts, site)
@@ -120,6 +123,7 @@ def plan_service(config: Config, site: Site) -> ServicePlan:
         models=tuple(_plan_model(config, site, row, crowd) for row in rows),
         router=tuple(deploy.router.items()),
         start_timeout_s=config.experiment.runner.start_timeout_s,
+        host_lost_after_s=deploy.host_lost_after_s,
     )
 
 

@@ -62,6 +62,7 @@ class ServicePlan:
     models: tuple[ModelPlan, ...]
     router: tuple[tuple[str, Any], ...] = ()
     start_timeout_s: float = 1800.0
+    host_lost_after_s: float = 120.0
     graph: GraphPlan | None = None
 
     @property
