@@ -123,7 +123,7 @@ def _look_at_graph(status: dict[str, Any], key: str | None) -> Iterator[Finding]
     """A graph of models: its health, its key, and the replicas of its nodes."""
     fault = ask_health(status["url"])
     yield Finding("health", fault is None, fault or "every node has a replica", "" if fault is None else READ_LOG)
-    if status["needs_key"]:
+    if status["needs_key"] and fault is None:
         code = ask_code(f"{status['url']}/status", key)
         text = "is accepted" if code == 200 else f"is refused ({code})"
         yield Finding("key", code == 200, text, "" if code == 200 else "was the service started with another one?")
