@@ -93,18 +93,18 @@ def test_what_a_node_asks_for_as_ray_takes_it(folder: Path) -> None:
     first, second, last = graph.nodes
     assert graph.working_dir == str(folder)
     assert (is_serial(first), is_serial(second), is_serial(last)) == (True, False, True)
-    options = make_options(last, graph.working_dir)
+    options = make_options(last)
     assert options["ray_actor_options"] == {
         "num_cpus": 2.0, "num_gpus": 0.5,
-        "runtime_env": {"working_dir": str(folder), "env_vars": {"OMP_NUM_THREADS": "2"}},
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2"}},
     }  # fmt: skip
     bounds = options["autoscaling_config"]
     assert (bounds["min_replicas"], bounds["initial_replicas"], bounds["max_replicas"]) == (2, 2, 3)
     assert (bounds["target_ongoing_requests"], bounds["upscale_delay_s"], bounds["downscale_delay_s"]) == (7, 30, 600)
     assert "num_replicas" not in options
-    options = make_options(first, "")
+    options = make_options(first)
     assert (options["num_replicas"], options["ray_actor_options"]) == (1, {"num_cpus": 0.0})
-    assert options["max_ongoing_requests"] == 1 < make_options(second, "")["max_ongoing_requests"]
+    assert options["max_ongoing_requests"] == 1 < make_options(second)["max_ongoing_requests"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_resources_that_cannot_be_right(resources: dict[str, Any], chip: str, to
 def test_chips_of_another_kind_are_asked_for_by_their_name(folder: Path) -> None:
     tree = graph_tree(node("A", "Upper", resources={"num_gpus": 2}))
     job = plan(changed(tree, {"experiment.runner.device_type": "Huawei_Atlas800TA3"}), folder)
-    options = make_options(graph_of(job).nodes[0], "")
+    options = make_options(graph_of(job).nodes[0])
     assert options["ray_actor_options"] == {"num_cpus": 0.0, "resources": {"NPU": 2.0}}
 
 

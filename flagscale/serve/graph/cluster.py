@@ -74,10 +74,14 @@ class NodeView:
 
 @dataclass(slots=True)
 class Cluster:
-    """A Ray cluster of our own; `head` is the command of its first node, which is started and ended here."""
+    """A Ray cluster of our own; `head` is the command of its first node, which is started and ended here.
+
+    working_dir: the folder that all workers start in a copy of; empty where there is none
+    """
 
     head: Sequence[str]
     address: str
+    working_dir: str = ""
     is_stopping: bool = False
     _process: subprocess.Popen[bytes] | None = None
     _handles: dict[str, Any] = field(default_factory=dict)
@@ -118,11 +122,14 @@ class Cluster:
     def _join(self, ray: Any, deadline: float) -> None:
         """Join the cluster once its head can be joined: it answers before it knows itself."""
         self._wait_for_port(deadline)
+        runtime_env = {"working_dir": self.working_dir} if self.working_dir else None
         while True:
             try:
-                ray.init(address=self.address, logging_level="ERROR", configure_logging=False)
+                ray.init(address=self.address, runtime_env=runtime_env, logging_level="ERROR", configure_logging=False)
                 return
-            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            except (ValueError, ray.exceptions.RayError) as error:  # as of a working folder that is too large
+                raise LaunchError(f"Ray cannot be joined: {error}") from None
+            except (OSError, RuntimeError) as error:
                 self.check_alive()
                 if time.monotonic() > deadline:
                     said = str(error).strip().splitlines()[0]
@@ -184,7 +191,7 @@ class Cluster:
             found = _get_global_client().get_serve_details()["applications"]
         except ray.exceptions.RayError as error:
             self.check_alive()
-            raise SilentError(str(error).strip().splitlines()[0]) from None
+            raise SilentError(str(error).strip().splitlines()[-1]) from None
         return {
             node.name: _read_view(node, found.get(node.name, {}).get("deployments", {}).get(node.name, {}))
             for node in graph.nodes
@@ -275,7 +282,7 @@ def _make_application(node: NodePlan, working_dir: str) -> Any:
     path = node.path
     if working_dir and Path(path).is_relative_to(working_dir):
         path = str(Path(path).relative_to(working_dir))
-    deployment = serve.deployment(Node, name=node.name, **make_options(node, working_dir))
+    deployment = serve.deployment(Node, name=node.name, **make_options(node))
     return deployment.bind(path, node.class_name)
 
 
@@ -290,18 +297,15 @@ def is_serial(node: NodePlan) -> bool:
     return forward is not None and not forward.is_async
 
 
-def make_options(node: NodePlan, working_dir: str) -> dict[str, Any]:
+def make_options(node: NodePlan) -> dict[str, Any]:
     """A node's options as `ray.serve.deployment` takes them."""
     actor: dict[str, Any] = {"num_cpus": node.num_cpus}
     if node.num_gpus:
         actor |= (
             {"num_gpus": node.num_gpus} if node.gpu_name == "GPU" else {"resources": {node.gpu_name: node.num_gpus}}
         )
-    runtime: dict[str, Any] = {"working_dir": working_dir} if working_dir else {}
     if node.num_cpus >= 1:
-        runtime["env_vars"] = {"OMP_NUM_THREADS": str(int(node.num_cpus))}
-    if runtime:
-        actor["runtime_env"] = runtime
+        actor["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(int(node.num_cpus))}}
     scaling = node.scaling
     options: dict[str, Any] = {
         "ray_actor_options": actor,

@@ -270,7 +270,7 @@ def run_program(job: Mapping[str, Any], address: str, head: Sequence[str]) -> in
         save_control(Path(service.exp_dir), control)
 
         async def run() -> int:
-            cluster = Cluster(head, address)
+            cluster = Cluster(head, address, graph.working_dir)
             program = GraphProgram(service, graph, job["run_id"], settings, control.token, cluster)
 
             def end(_signum: int, _frame: FrameType | None) -> None:
