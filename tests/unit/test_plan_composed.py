@@ -123,6 +123,13 @@ def test_resources_that_cannot_be_right(resources: dict[str, Any], chip: str, to
     assert caught.value.faults[0].path.startswith("serve.2.resources")
 
 
+def test_faults_of_all_nodes_are_told_at_once(folder: Path) -> None:
+    rows = [{**row, "resources": {"min_replicas": 3, "max_replicas": 2}} for row in NODES]
+    with pytest.raises(ConfigError) as caught:
+        plan(graph_tree(*rows), folder)
+    assert [fault.path for fault in caught.value.faults] == [f"serve.{index}.resources" for index in range(3)]
+
+
 def test_chips_of_another_kind_are_asked_for_by_their_name(folder: Path) -> None:
     tree = graph_tree(node("A", "Upper", resources={"num_gpus": 2}))
     job = plan(changed(tree, {"experiment.runner.device_type": "Huawei_Atlas800TA3"}), folder)

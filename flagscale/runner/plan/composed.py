@@ -77,8 +77,17 @@ def plan_graph(config: Config, hosts: tuple[Host, ...]) -> GraphPlan:
     assert isinstance(config.task, tuple)
     deploy = config.experiment.runner.deploy
     request = deploy.request
+    nodes: list[NodePlan] = []
+    faults: list[Fault] = []
+    for index, model in enumerate(config.task):
+        try:
+            nodes.append(_plan_node(config, hosts, index, model))
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
     return GraphPlan(
-        nodes=tuple(_plan_node(config, hosts, index, model) for index, model in enumerate(config.task)),
+        nodes=tuple(nodes),
         route=deploy.name or "/",
         request=tuple(zip(request.args, request.types, strict=True)) if request else (),
         working_dir=resolve_path(config, deploy.working_dir) if deploy.working_dir else "",
