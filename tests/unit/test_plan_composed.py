@@ -1,5 +1,6 @@
 """`plan_composed`: the program with the head of Ray, workers on other hosts, what nodes are given, what is secret."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from graphs import NODES, graph_tree, node, write_models
 
 from flagscale.errors import ConfigError, LaunchError
 from flagscale.runner.launch.checks import gather_secrets
+from flagscale.runner.launch.procs import find_ours
 from flagscale.runner.plan.graph import GraphPlan, NodePlan
 from flagscale.runner.plan.job import DRAWN, JobPlan
 from flagscale.runner.plan.scaling import Scaling
 from flagscale.runner.plan.service import ServicePlan, decode_service, encode_service
 from flagscale.runner.render.argv import render_argv
 from flagscale.runner.render.script import render_script
-from flagscale.serve.graph.cluster import Cluster, find_cause, find_shortage, is_serial, make_options
+from flagscale.serve.graph.cluster import NUM_HEADS, Cluster
+from flagscale.serve.graph.deployments import find_cause, find_shortage, is_serial, make_options
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +184,16 @@ def test_a_head_that_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(LaunchError, match="the head of Ray ended with exit code 1"):
         ended.start(1, 20.0)
     ended.stop()
+
+
+def test_a_head_that_failed_is_ended_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("flagscale.serve.graph.cluster._import_ray", lambda: None)
+    monkeypatch.setenv("FLAGSCALE_RUN_TOKEN", token := f"token-of-{tmp_path.name}")
+    with subprocess.Popen(["sleep", "1000"]) as helper:  # of the job, but of no head
+        cluster = Cluster(("bash", "-c", f"sleep 1000 & echo $! >> {tmp_path}/pids; exit 1"), "127.0.0.1:1")
+        with pytest.raises(LaunchError, match="ended with exit code 1"):
+            cluster.start(1, 20.0)
+        pids = (tmp_path / "pids").read_text().split()
+        assert len(pids) == NUM_HEADS
+        assert [proc.pid for proc in find_ours(token)] == [helper.pid]
+        helper.kill()

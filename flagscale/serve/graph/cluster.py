@@ -1,6 +1,7 @@
 """Ray as the program of a graph needs it: one head beside it, the nodes as applications of Ray Serve, calls of them.
 
-All that knows Ray's names is here and in `node.py`. Except `call`, everything waits for Ray and is called in a thread.
+What it is asked for and what it tells is put into words in `deployments.py`. Except `call`, everything waits for Ray and
+is called in a thread.
 """
 
 import asyncio
@@ -12,26 +13,19 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from flagscale.env import RAY_HEAD, RUN_TOKEN
 from flagscale.errors import LaunchError
-from flagscale.runner.config.signature import UnreadableError, read_outline
+from flagscale.runner.launch.procs import find_ours, read_environ, send_signal
 from flagscale.runner.launch.ray_cluster import OLDEST
-from flagscale.runner.plan.graph import GraphPlan, NodePlan
+from flagscale.runner.plan.graph import GraphPlan
+from flagscale.serve.graph.deployments import MOST_WAITING, NodeView, find_shortage, make_application, read_view
 
 POLL_S = 0.3
 END_LIMIT_S = 20.0
 NUM_HEADS = 3
 """Ray gives its own processes 30 s to come up, which a busy machine may not."""
-MOST_CALLS = 100
-"""of a coroutine `forward` at a time, in one replica"""
-MOST_WAITING = 1024
-"""calls of one node that wait for a replica with room; beyond, a request is refused"""
-HEALTH_EVERY_S = 5.0
-NUM_STARTS = 1
-"""A class that cannot be made is not tried again: the service has not begun, and its cause is known."""
-STATES = {"RUNNING": "ready", "STARTING": "starting", "STOPPING": "draining"}
 
 
 class BusyError(Exception):
@@ -44,32 +38,6 @@ class ReplicaLostError(Exception):
 
 class SilentError(Exception):
     """Ray does not tell how the nodes are."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
-    """One replica as Ray tells of it. since: seconds since the epoch"""
-
-    id: str
-    state: str
-    host: str
-    pid: int | None
-    since: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class NodeView:
-    """One node as Ray tells of it. is_failed: it cannot be started, and message says why"""
-
-    wanted: int
-    replicas: tuple[ReplicaView, ...]
-    is_healthy: bool
-    is_failed: bool
-    message: str
-
-    @property
-    def num_ready(self) -> int:
-        return sum(replica.state == "ready" for replica in self.replicas)
 
 
 @dataclass(slots=True)
@@ -101,6 +69,7 @@ class Cluster:
                 break
             except LaunchError as error:
                 has_ended = self._process is not None and self._process.poll() is not None
+                end_head()
                 if not has_ended or attempt == NUM_HEADS or self.is_stopping or time.monotonic() > deadline:
                     raise
                 print(f"{error}; it is started again", flush=True)
@@ -113,7 +82,7 @@ class Cluster:
     def _start_head(self) -> None:
         if self.is_stopping:
             raise LaunchError("is being stopped")
-        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {RAY_HEAD: "1"}
         try:
             self._process = subprocess.Popen(self.head, env=env, stdin=subprocess.DEVNULL)
         except OSError as error:
@@ -171,7 +140,7 @@ class Cluster:
             raise LaunchError(fault)
         serve.start(proxy_location="Disabled")
         targets = [
-            RunTarget(_make_application(node, graph.working_dir), name=node.name, route_prefix=None)
+            RunTarget(make_application(node, graph.working_dir), name=node.name, route_prefix=None)
             for node in graph.nodes
         ]
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -193,7 +162,7 @@ class Cluster:
             self.check_alive()
             raise SilentError(str(error).strip().splitlines()[-1]) from None
         return {
-            node.name: _read_view(node, found.get(node.name, {}).get("deployments", {}).get(node.name, {}))
+            node.name: read_view(node, found.get(node.name, {}).get("deployments", {}).get(node.name, {}))
             for node in graph.nodes
         }
 
@@ -237,6 +206,15 @@ class Cluster:
             process.wait()
 
 
+def end_head() -> None:
+    """End what a head of Ray that failed has left of itself: its processes outlive it, and hold its port."""
+    token = os.environ.get(RUN_TOKEN, "")
+    while left := [proc for proc in find_ours(token) if RAY_HEAD in read_environ(proc.pid)]:
+        for proc in left:
+            send_signal(proc, signal.SIGKILL)
+        time.sleep(0.05)
+
+
 def _import_ray() -> Any:
     """
     Raises:
@@ -252,110 +230,3 @@ def _import_ray() -> Any:
     if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < OLDEST:
         raise LaunchError(f"Ray is {version}; expected {OLDEST[0]}.{OLDEST[1]} or newer")
     return ray
-
-
-def find_shortage(graph: GraphPlan, hosts: Sequence[Mapping[str, float]]) -> str | None:
-    """Why the replicas that a graph begins with can never be placed; None where they may.
-
-    hosts: what each host of the cluster has, by Ray's names
-    """
-    totals: dict[str, float] = {}
-    for node in graph.nodes:
-        for name, amount in ((node.gpu_name, node.num_gpus), ("CPU", node.num_cpus)):
-            most = max((host.get(name, 0) for host in hosts), default=0)
-            if amount > most:
-                return f"{node.name} needs {amount:g} {name} in one place, and the largest host has {most:g}"
-            totals[name] = totals.get(name, 0) + amount * node.scaling.initial
-    for name, needed in totals.items():
-        have = sum(host.get(name, 0) for host in hosts)
-        if needed > have:
-            return f"the replicas that the graph begins with need {needed:g} {name}, and the hosts have {have:g}"
-    return None
-
-
-def _make_application(node: NodePlan, working_dir: str) -> Any:
-    """One node as an application of Ray Serve."""
-    from ray import serve
-
-    from flagscale.serve.graph.node import Node
-
-    path = node.path
-    if working_dir and Path(path).is_relative_to(working_dir):
-        path = str(Path(path).relative_to(working_dir))
-    deployment = serve.deployment(Node, name=node.name, **make_options(node))
-    return deployment.bind(path, node.class_name)
-
-
-def is_serial(node: NodePlan) -> bool:
-    """Whether a replica computes one call at a time: then others wait for whichever replica is free first."""
-    try:
-        outline = read_outline(Path(node.path))
-    except UnreadableError:
-        return False
-    found = outline.classes.get(node.class_name)
-    forward = found.methods.get("forward") if found else None
-    return forward is not None and not forward.is_async
-
-
-def make_options(node: NodePlan) -> dict[str, Any]:
-    """A node's options as `ray.serve.deployment` takes them."""
-    actor: dict[str, Any] = {"num_cpus": node.num_cpus}
-    if node.num_gpus:
-        actor |= (
-            {"num_gpus": node.num_gpus} if node.gpu_name == "GPU" else {"resources": {node.gpu_name: node.num_gpus}}
-        )
-    if node.num_cpus >= 1:
-        actor["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(int(node.num_cpus))}}
-    scaling = node.scaling
-    options: dict[str, Any] = {
-        "ray_actor_options": actor,
-        "max_ongoing_requests": 1 if is_serial(node) else MOST_CALLS,
-        "max_queued_requests": MOST_WAITING,
-        "health_check_period_s": HEALTH_EVERY_S,
-        "max_constructor_retry_count": NUM_STARTS,
-        "logging_config": {"enable_access_log": False},
-    }
-    if scaling.lowest == scaling.highest:
-        return {**options, "num_replicas": scaling.initial}
-    bounds = {
-        "min_replicas": scaling.lowest,
-        "initial_replicas": scaling.initial,
-        "max_replicas": scaling.highest,
-        "target_ongoing_requests": scaling.target,
-        "upscale_delay_s": scaling.upscale_delay_s,
-        "downscale_delay_s": scaling.downscale_delay_s,
-    }
-    return {**options, "autoscaling_config": bounds}
-
-
-def _read_view(node: NodePlan, row: Mapping[str, Any]) -> NodeView:
-    """A deployment's details; empty where Ray has none yet."""
-    status = _name_of(row.get("status", "UPDATING"))
-    replicas = [
-        ReplicaView(
-            id=f"{node.name}-{found['replica_id']}",
-            state=STATES.get(_name_of(found["state"]), "starting"),
-            host=str(found.get("node_ip") or "-"),
-            pid=found.get("pid"),
-            since=found.get("start_time_s"),
-        )
-        for found in row.get("replicas", [])
-    ]
-    return NodeView(
-        wanted=int(row.get("target_num_replicas", node.scaling.initial)),
-        replicas=tuple(replicas),
-        is_healthy=status in ("HEALTHY", "UPSCALING", "DOWNSCALING"),
-        is_failed=status == "DEPLOY_FAILED",
-        message=find_cause(str(row.get("message", ""))),
-    )
-
-
-def _name_of(value: Any) -> str:
-    return str(getattr(value, "value", value))
-
-
-def find_cause(message: str) -> str:
-    """Of what Ray says about a node: the line in which the node itself tells why, else the first."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    marks = [line.partition("NodeStartError: ")[2] for line in lines if "NodeStartError: " in line]
-    return marks[-1] if marks else lines[0] if lines else ""

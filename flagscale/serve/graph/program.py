@@ -26,7 +26,8 @@ from flagscale.runner.plan.service import ServicePlan, decode_service
 from flagscale.serve.control import build_control, serve_quietly
 from flagscale.serve.folder import Control, save_control
 from flagscale.serve.graph.app import GraphEndpoint, build_app
-from flagscale.serve.graph.cluster import Cluster, NodeView, SilentError
+from flagscale.serve.graph.cluster import Cluster, SilentError
+from flagscale.serve.graph.deployments import NodeView
 from flagscale.serve.router.server import listen, make_protocol
 from flagscale.serve.router.settings import RouterSettings
 from flagscale.serve.terms import make_settings
