@@ -1,7 +1,7 @@
 """Ray as the program of a graph needs it: one head beside it, the nodes as applications of Ray Serve, calls of them.
 
-What it is asked for and what it tells is put into words in `deployments.py`. Except `call`, everything waits for Ray and
-is called in a thread.
+What it is asked for and what it tells is put into words in `deployments.py`. Except `call`, everything waits for Ray
+and is called in a thread.
 """
 
 import asyncio
