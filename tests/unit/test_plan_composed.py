@@ -1,12 +1,14 @@
 """`plan_composed`: the program with the head of Ray, workers on other hosts, what nodes are given, what is secret."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import changed, plan
+from factories import ROOT, changed, plan
 from graphs import NODES, graph_tree, node, write_models
 
 from flagscale.errors import ConfigError, LaunchError
@@ -18,8 +20,9 @@ from flagscale.runner.plan.scaling import Scaling
 from flagscale.runner.plan.service import ServicePlan, decode_service, encode_service
 from flagscale.runner.render.argv import render_argv
 from flagscale.runner.render.script import render_script
-from flagscale.serve.graph.cluster import NUM_HEADS, Cluster
+from flagscale.serve.graph.cluster import Cluster
 from flagscale.serve.graph.deployments import find_cause, find_shortage, is_serial, make_options
+from flagscale.serve.graph.ray_node import NUM_STARTS
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +84,9 @@ def test_many_hosts(folder: Path) -> None:
     assert "127.0.0.1:6399 ray start --block --disable-usage-stats --head --port 6399" in head
     assert "--node-ip-address 10.0.0.1" in head
     assert head.endswith("--num-gpus 8")
-    assert worker.startswith("ray start --block --disable-usage-stats --address 10.0.0.1:6399 ")
+    assert worker.startswith(
+        "python -m flagscale.serve.graph.ray_node ray start --block --disable-usage-stats --address 10.0.0.1:6399 "
+    )
     assert worker.endswith("--num-gpus 4")
     assert job.hosts[0].before_start != job.hosts[1].before_start
     assert (graph_of(job).num_hosts, job.master_port, job.master_addr) == (2, 6399, "10.0.0.1")
@@ -194,6 +199,20 @@ def test_a_head_that_failed_is_ended_whole(monkeypatch: pytest.MonkeyPatch, tmp_
         with pytest.raises(LaunchError, match="ended with exit code 1"):
             cluster.start(1, 20.0)
         pids = (tmp_path / "pids").read_text().split()
-        assert len(pids) == NUM_HEADS
+        assert len(pids) == NUM_STARTS
         assert [proc.pid for proc in find_ours(token)] == [helper.pid]
         helper.kill()
+
+
+def test_a_node_that_ends_while_it_comes_up_is_tried_again(tmp_path: Path) -> None:
+    command = f"echo >> {tmp_path}/tries; [ $(wc -l < {tmp_path}/tries) -gt 1 ] && exec sleep 1000; sleep 1000 & exit 7"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FLAGSCALE_RUN_TOKEN": (token := f"token-of-{tmp_path.name}")}
+    words = [sys.executable, "-m", "flagscale.serve.graph.ray_node", "bash", "-c", command]
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as node_process:
+        assert node_process.stdout is not None
+        assert node_process.stdout.readline() == "the node of Ray ended with exit code 7; it is started again\n"
+        while len(find_ours(token)) != 2:  # it, and its second child: what the first left is gone
+            assert node_process.poll() is None
+        node_process.terminate()
+        assert node_process.wait(20) == 128 + signal.SIGTERM
+    assert find_ours(token) == []

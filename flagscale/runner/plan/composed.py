@@ -133,7 +133,7 @@ def _plan_program(config: Config, site: Site, hosts: tuple[Host, ...]) -> Proces
 def _plan_worker(config: Config, site: Site, hosts: tuple[Host, ...], node_rank: int) -> ProcessSpec:
     role = ("--address", _ray_address(config, master_of(config)))
     words = _ray_words(config, hosts[node_rank], node_rank, role)
-    return _process("ray", config, site, hosts[node_rank], words)
+    return _process("ray", config, site, hosts[node_rank], ("python", "-m", "flagscale.serve.graph.ray_node", *words))
 
 
 def _process(name: str, config: Config, site: Site, host: Host, argv: tuple[Word, ...]) -> ProcessSpec:

@@ -6,8 +6,6 @@ and is called in a thread.
 
 import asyncio
 import contextlib
-import os
-import signal
 import socket
 import subprocess
 import time
@@ -15,17 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flagscale.env import RAY_HEAD, RUN_TOKEN
 from flagscale.errors import LaunchError
-from flagscale.runner.launch.procs import find_ours, read_environ, send_signal
 from flagscale.runner.launch.ray_cluster import OLDEST
 from flagscale.runner.plan.graph import GraphPlan
 from flagscale.serve.graph.deployments import MOST_WAITING, NodeView, find_shortage, make_application, read_view
+from flagscale.serve.graph.ray_node import NUM_STARTS, describe_end, end_leftovers, start_node
 
 POLL_S = 0.3
 END_LIMIT_S = 20.0
-NUM_HEADS = 3
-"""Ray gives its own processes 30 s to come up, which a busy machine may not."""
 
 
 class BusyError(Exception):
@@ -62,15 +57,15 @@ class Cluster:
         """
         ray = _import_ray()
         deadline = time.monotonic() + limit_s
-        for attempt in range(1, NUM_HEADS + 1):
+        for attempt in range(1, NUM_STARTS + 1):
             try:
-                self._start_head()
+                self._process = start_node(self.head)
                 self._join(ray, deadline)
                 break
             except LaunchError as error:
                 has_ended = self._process is not None and self._process.poll() is not None
-                end_head()
-                if not has_ended or attempt == NUM_HEADS or self.is_stopping or time.monotonic() > deadline:
+                end_leftovers()
+                if not has_ended or attempt == NUM_STARTS or self.is_stopping or time.monotonic() > deadline:
                     raise
                 print(f"{error}; it is started again", flush=True)
         while (count := sum(node["Alive"] for node in ray.nodes())) < num_hosts:
@@ -78,15 +73,6 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise LaunchError(f"only {count} of {num_hosts} hosts joined Ray within {limit_s:g} s")
             time.sleep(POLL_S)
-
-    def _start_head(self) -> None:
-        if self.is_stopping:
-            raise LaunchError("is being stopped")
-        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {RAY_HEAD: "1"}
-        try:
-            self._process = subprocess.Popen(self.head, env=env, stdin=subprocess.DEVNULL)
-        except OSError as error:
-            raise LaunchError(f"`{self.head[0]}` cannot be started: {error.strerror}") from None
 
     def _join(self, ray: Any, deadline: float) -> None:
         """Join the cluster once its head can be joined: it answers before it knows itself."""
@@ -123,8 +109,7 @@ class Cluster:
         """
         code = self._process.poll() if self._process is not None else None
         if code is not None:
-            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            raise LaunchError(f"the head of Ray {how}")
+            raise LaunchError(f"the head of Ray {describe_end(code)}")
 
     def deploy(self, graph: GraphPlan) -> None:
         """Begin to start all nodes.
@@ -204,15 +189,6 @@ class Cluster:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def end_head() -> None:
-    """End what a head of Ray that failed has left of itself: its processes outlive it, and hold its port."""
-    token = os.environ.get(RUN_TOKEN, "")
-    while left := [proc for proc in find_ours(token) if RAY_HEAD in read_environ(proc.pid)]:
-        for proc in left:
-            send_signal(proc, signal.SIGKILL)
-        time.sleep(0.05)
 
 
 def _import_ray() -> Any:
