@@ -21,7 +21,7 @@ from flagscale.runner.plan.service import ServicePlan, decode_service, encode_se
 from flagscale.runner.render.argv import render_argv
 from flagscale.runner.render.script import render_script
 from flagscale.serve.graph.cluster import Cluster
-from flagscale.serve.graph.deployments import find_cause, find_shortage, is_serial, make_options
+from flagscale.serve.graph.deployments import find_cause, find_shortage, is_serial, make_options, read_view
 from flagscale.serve.graph.ray_node import NUM_STARTS
 
 
@@ -173,6 +173,22 @@ def test_the_cause_is_found_in_what_ray_says() -> None:
     assert find_cause(said) == "m.py:3: no"
     assert find_cause("first\nsecond") == "first"
     assert find_cause("") == ""
+
+
+def test_what_ray_tells_of_a_node_is_read() -> None:
+    made = NodePlan("A", "/m.py", "A", (), Scaling())
+    early = read_view(made, {})
+    assert (early.wanted, early.replicas, early.is_healthy, early.is_failed) == (1, (), False, False)
+    row = {"replica_id": "x1", "state": "RUNNING", "pid": 7, "node_ip": "10.0.0.1", "start_time_s": 1.5}
+    fresh = {"replica_id": "x2", "state": "STARTING", "start_time_s": 2.5}
+    seen = read_view(made, {"status": "UPSCALING", "message": "", "target_num_replicas": 2, "replicas": [row, fresh]})
+    assert (seen.wanted, seen.num_ready, seen.is_healthy) == (2, 1, True)
+    assert [(it.id, it.state, it.pid, it.host) for it in seen.replicas] == [
+        ("A-x1", "ready", 7, "10.0.0.1"), ("A-x2", "starting", None, "-"),
+    ]  # fmt: skip
+    assert read_view(made, {"status": "DEPLOY_FAILED", "message": "no"}).is_failed
+    broken = read_view(made, {"status": "UPDATING", "message": "Retrying. Error:\nNodeStartError: m.py:3: no"})
+    assert (broken.is_failed, broken.message) == (True, "m.py:3: no")
 
 
 def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ MOST_CALLS = 100
 MOST_WAITING = 1024
 """calls of one node that wait for a replica with room; beyond, a request is refused"""
 HEALTH_EVERY_S = 5.0
-NUM_STARTS = 1
-"""A class that cannot be made is not tried again: the service has not begun, and its cause is known."""
+NUM_STARTS = 3
+"""of replicas that end while they start, as on a busy machine; a class that cannot be made is not waited for"""
+CAUSE = "NodeStartError: "
 STATES = {"RUNNING": "ready", "STARTING": "starting", "STOPPING": "draining"}
 
 
@@ -120,7 +121,7 @@ def make_options(node: NodePlan) -> dict[str, Any]:
 
 def read_view(node: NodePlan, row: Mapping[str, Any]) -> NodeView:
     """A deployment's details; empty where Ray has none yet."""
-    status = _name_of(row.get("status", "UPDATING"))
+    status, message = _name_of(row.get("status", "UPDATING")), str(row.get("message", ""))
     replicas = [
         ReplicaView(
             id=f"{node.name}-{found['replica_id']}",
@@ -135,8 +136,8 @@ def read_view(node: NodePlan, row: Mapping[str, Any]) -> NodeView:
         wanted=int(row.get("target_num_replicas", node.scaling.initial)),
         replicas=tuple(replicas),
         is_healthy=status in ("HEALTHY", "UPSCALING", "DOWNSCALING"),
-        is_failed=status == "DEPLOY_FAILED",
-        message=find_cause(str(row.get("message", ""))),
+        is_failed=status == "DEPLOY_FAILED" or CAUSE in message,
+        message=find_cause(message),
     )
 
 
@@ -147,5 +148,5 @@ def _name_of(value: Any) -> str:
 def find_cause(message: str) -> str:
     """Of what Ray says about a node: the line in which the node itself tells why, else the first."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    marks = [line.partition("NodeStartError: ")[2] for line in lines if "NodeStartError: " in line]
+    marks = [line.partition(CAUSE)[2] for line in lines if CAUSE in line]
     return marks[-1] if marks else lines[0] if lines else ""
