@@ -12,7 +12,6 @@ pages with the running maximum and sum of Dao et al. 2022 (arXiv 2205.14135). Pa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import triton
@@ -20,6 +19,7 @@ import triton.language as tl
 
 from flagscale.inference.engine.attention import Span
 from flagscale.inference.engine.kv_cache import KVCache
+from flagscale.inference.engine.staging import stage
 
 NUM_FIELDS = 3
 """of a row of `FusedPlan.spans`, before its pages: start, count, first row of the flat list"""
@@ -133,8 +133,9 @@ class FusedPlan:
 
     def _tiles(self, num_queries: int) -> torch.Tensor:
         if num_queries not in self.tiles:
-            rows = [[i, at] for i, count in enumerate(self.counts) for at in range(0, count, num_queries)]
-            self.tiles[num_queries] = torch.tensor(rows, dtype=torch.int32, device=self.spans.device)
+            tiles = [(i, at) for i, count in enumerate(self.counts) for at in range(0, count, num_queries)]
+            flat = [number for tile in tiles for number in tile]
+            self.tiles[num_queries] = stage(flat, self.spans.device, torch.int32).view(-1, 2)
         return self.tiles[num_queries]
 
 
@@ -146,8 +147,6 @@ def _pad(dim: int) -> int:
 def make_fused_plan(spans: Sequence[Span], slots: torch.Tensor, cache: KVCache, device: torch.device) -> FusedPlan:
     """The attention of a step whose flat list is the spans one after the other."""
     most = max(len(span.pages) for span in spans)
-    rows: list[Any] = [
-        [span.start, span.count, span.row, *span.pages, *[0] * (most - len(span.pages))] for span in spans
-    ]
-    table = torch.tensor(rows, dtype=torch.int32, device=device)
+    rows = ((span.start, span.count, span.row, *span.pages, *[0] * (most - len(span.pages))) for span in spans)
+    table = stage([number for row in rows for number in row], device, torch.int32).view(len(spans), -1)
     return FusedPlan(cache, slots, table, tuple(span.count for span in spans))
