@@ -245,8 +245,8 @@ def test_another_ray_beside_is_left_alone_and_a_key_is_asked_for(tmp_path: Path)
         env={**os.environ, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
         start_new_session=True,
     ) as other:
+        made = make_bench(tmp_path, *NODES, api_key_env="MY_KEY")
         try:
-            made = make_bench(tmp_path, *NODES, api_key_env="MY_KEY")
             done = start(made, MY_KEY="sk-graph")
             assert done.returncode == 0, done.stderr + made.read_log()
             assert ask(made, "x").status_code == 401
@@ -271,4 +271,5 @@ def test_another_ray_beside_is_left_alone_and_a_key_is_asked_for(tmp_path: Path)
             )
             assert theirs.returncode == 0, theirs.stderr
         finally:
+            made.serve("stop", str(made.exp_dir), "--force")
             os.killpg(other.pid, signal.SIGTERM)
