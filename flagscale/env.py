@@ -21,6 +21,9 @@ KEPT_TOKEN = "FLAGSCALE_KEPT_TOKEN"
 RANK_DIR = "FLAGSCALE_RANK_DIR"
 """Set for a job: the folder in which a rank tells that it is up, by a file `rank_<rank>.up`."""
 
+RAY_NODE = "FLAGSCALE_RAY_NODE"
+"""Set for a node of Ray of a graph of models and all that it starts, so that one that failed is ended whole."""
+
 CHIP = "FLAGSCALE_CHIP"
 """Set for a job: the name of the record (`Generic_CPU`, `NVIDIA`) of the chip that its ranks run on."""
 

@@ -10,6 +10,7 @@ from flagscale.errors import LaunchError, UserError
 
 if TYPE_CHECKING:
     from flagscale.runner.launch.folder import RunRef
+    from flagscale.runner.plan.graph import GraphPlan
     from flagscale.runner.plan.job import JobPlan
     from flagscale.runner.plan.service import ServicePlan
 
@@ -89,6 +90,8 @@ def refuse_running(service: "ServicePlan") -> None:
 
 
 def describe_start(run: "RunRef", service: "ServicePlan") -> str:
+    if service.graph is not None:
+        return _describe_graph_start(run, service, service.graph)
     models = ", ".join(
         f"{model.served_name} ({model.engine}"
         + f", {model.scaling.initial} replicas" * (model.scaling.initial > 1)
@@ -100,15 +103,41 @@ def describe_start(run: "RunRef", service: "ServicePlan") -> str:
     return "\n".join([f"service {service.name} (run {run.run_id}) is starting", *lines])
 
 
+def _describe_graph_start(run: "RunRef", service: "ServicePlan", graph: "GraphPlan") -> str:
+    nodes = ", ".join(f"{node.name} ({node.class_name})" for node in graph.nodes)
+    rows = {"nodes": nodes, "outputs": str(run.exp_dir), "logs": f"flagscale serve logs -f {run.run_id}"}
+    lines = [f"  {name:<8} {text}" for name, text in rows.items()]
+    return "\n".join([f"service {service.name} (run {run.run_id}) is starting", *lines])
+
+
 def describe_ready(run: "RunRef", status: Mapping[str, Any]) -> str:
     model = status["models"][0]["served_name"]
     key = f' -H "Authorization: Bearer ${status["api_key_env"]}"' if status["needs_key"] else ""
+    if "graph" in status:
+        return _describe_graph_ready(run, status, key)
     body = f'{{"model": "{model}", "prompt": "Hello", "max_tokens": 16}}'
     rows = {
         "url": f"{status['url']}/v1",
         "key": f"${status['api_key_env']}" if status["needs_key"] else "none is asked for",
         "page": status["url"],
         "try": f"curl {status['url']}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        "stop": f"flagscale serve stop {run.run_id}",
+    }
+    lines = [f"  {name:<8} {text}" for name, text in rows.items()]
+    return "\n".join([f"service {status['name']} answers", *lines])
+
+
+def _describe_graph_ready(run: "RunRef", status: Mapping[str, Any], key: str) -> str:
+    import json
+
+    examples = {"str": "Hello", "int": 1, "float": 0.5, "bool": True, "list": [], "dict": {}}
+    body = json.dumps({name: examples[kind] for name, kind in status["request"].items()})
+    url = status["url"] + status["graph"]
+    rows = {
+        "url": url,
+        "key": f"${status['api_key_env']}" if status["needs_key"] else "none is asked for",
+        "health": f"{status['url']}/health",
+        "try": f"curl {url}{key} -H 'Content-Type: application/json' -d '{body}'",
         "stop": f"flagscale serve stop {run.run_id}",
     }
     lines = [f"  {name:<8} {text}" for name, text in rows.items()]

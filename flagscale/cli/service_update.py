@@ -44,6 +44,8 @@ def update_service(run: "RunRef", yaml: Sequence[str], change: Callable[["Compos
             f"the new version has the folder {job.plan.exp_dir}; expected that of the service, {run.exp_dir}"
         )
     service = decode_service(job.plan.service)
+    if service.graph is not None or "graph" in status:
+        raise UserError("a graph of models is not updated while it runs; stop it, and start it anew")
     check_models(service)
     body = {"service": encode_service(limit_seats(service)), "config": dict(job.config.values)}
     version = ask_controller(run.exp_dir, "/update", body)["version"]

@@ -26,7 +26,7 @@ def print_status(run: "RunRef", as_json: bool) -> int:
         "service": f"{status['name']} (run {status['run_id']})",
         "state": status["state"],
         "why": status["why"],
-        "url": f"{status['url']}/v1" if status["url"] else None,
+        "url": status["url"] + status.get("graph", "/v1") if status["url"] else None,
         "version": status["version"],
         "update": _describe_update(status["update"]),
         "folder": str(run.exp_dir),

@@ -11,8 +11,9 @@ import json
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flagscale.errors import FlagScaleError, RunError, UserError
 from flagscale.serve.folder import find_control
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from flagscale.serve.controller import Controller
+    from flagscale.runner.plan.service import ServicePlan
 
 ASK_LIMIT_S = 10.0
 
@@ -61,7 +62,27 @@ def ask_controller(exp_dir: Path, path: str, body: dict[str, Any] | None = None)
         raise NoControllerError(f"the controller of {exp_dir} does not answer: {error}") from None
 
 
-def build_control(controller: "Controller") -> "Starlette":
+class Update(Protocol):
+    """An update that has begun."""
+
+    @property
+    def version(self) -> int: ...
+
+
+class Controlled(Protocol):
+    """What answers for a service: its controller, or the program of a graph of models."""
+
+    @property
+    def token(self) -> str: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def begin_update(self, service: "ServicePlan", config: Mapping[str, Any]) -> Update: ...
+
+    def stop(self) -> None: ...
+
+
+def build_control(controller: Controlled) -> "Starlette":
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.responses import JSONResponse

@@ -24,8 +24,10 @@ from flagscale.serve.control import NoControllerError, ask_controller
 from flagscale.serve.folder import find_state, list_replica_runs
 from flagscale.serve.replicas import read_output
 from flagscale.serve.router.probe import probe_completion
+from flagscale.serve.waiting import ask_code, ask_health
 
 PROBE_LIMIT_S = 20.0
+READ_LOG = "see `flagscale serve logs`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,9 @@ def _look_at_key(service: ServicePlan, status: dict[str, Any]) -> Iterator[Findi
         text = f"callers need one, and ${name} is not set here"
         yield Finding("key", False, text, f"export {name} with the key that the service was started with")
         return
+    if "graph" in status:
+        yield from _look_at_graph(status, key)
+        return
     for model in status["models"]:
         secret = SecretStr(key) if key else None
         result = asyncio.run(probe_completion(status["url"], model["served_name"], secret, PROBE_LIMIT_S))
@@ -112,6 +117,21 @@ def _look_at_key(service: ServicePlan, status: dict[str, Any]) -> Iterator[Findi
             yield Finding("key", False, "the router refuses it", f"${name} differs from the one at the start")
         else:
             yield Finding(label, False, result.reason, "see its replicas below")
+
+
+def _look_at_graph(status: dict[str, Any], key: str | None) -> Iterator[Finding]:
+    """A graph of models: its health, its key, and the replicas of its nodes."""
+    fault = ask_health(status["url"])
+    yield Finding("health", fault is None, fault or "every node has a replica", "" if fault is None else READ_LOG)
+    if status["needs_key"] and fault is None:
+        code = ask_code(f"{status['url']}/status", key)
+        text = "is accepted" if code == 200 else f"is refused ({code})"
+        yield Finding("key", code == 200, text, "" if code == 200 else "was the service started with another one?")
+    for node in status["models"]:
+        is_ok = node["ready"] >= node["wanted"]
+        text = f"{node['ready']} of {node['wanted']} replicas of {node['engine']} are ready"
+        told = [row["progress"] for row in status["replicas"] if row["model"] == node["name"] and row["progress"]]
+        yield Finding(f"node {node['name']}", is_ok, "; ".join([text, *told]), "" if is_ok else READ_LOG)
 
 
 def _look_at_replica(replica: RunRef, status: dict[str, Any] | None) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from statistics import fmean
 
-from flagscale.runner.plan.service import Scaling
+from flagscale.runner.plan.scaling import Scaling
 
 NUM_LOOKS = 6
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flagscale.errors import RunError
 from flagscale.runner.launch.folder import find_current
+from flagscale.runner.launch.record import load_records
 from flagscale.runner.monitor.stop import stop_run
 from flagscale.serve.control import NoControllerError, ask_controller
 from flagscale.serve.folder import is_run_alive, list_replica_runs
@@ -31,7 +32,7 @@ def stop_service(exp_dir: Path, force: bool = False) -> bool:
         try:
             ask_controller(exp_dir, "/stop", {})
             deadline = time.monotonic() + ORDER_LIMIT_S
-            while is_run_alive(run) and time.monotonic() < deadline:
+            while load_records(run)[0].is_alive and time.monotonic() < deadline:  # of hosts, the one that answers
                 time.sleep(POLL_S)
         except NoControllerError:
             pass  # it is dead or stuck: its run is ended without it

@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from pydantic import SecretStr
 from flagscale.errors import LaunchError
 from flagscale.runner.launch.folder import RunRef
 from flagscale.runner.launch.journal import read_tail
-from flagscale.runner.launch.record import load_records
+from flagscale.runner.launch.record import load_records, order_by_cause
 from flagscale.runner.launch.startup import quote_last_words
 from flagscale.serve.control import NoControllerError, ask_controller
 from flagscale.serve.router.probe import probe_completion
@@ -72,15 +74,17 @@ def check_controller(run: RunRef) -> None:
     Raises:
         NotStartedError: the controller's run has ended, with its last lines.
     """
-    (record,) = load_records(run)
-    if not record.is_alive:
-        raise NotStartedError(f"the service's controller ended\n{quote_last_words(record)}")
+    records = load_records(run)
+    if not records[0].is_alive:
+        raise NotStartedError(f"the service's controller ended\n{quote_last_words(order_by_cause(records)[0])}")
 
 
 def describe_progress(status: dict[str, Any]) -> str:
     """How many replicas are ready, and what one that is not says."""
     models = status["models"]
     text = f"{sum(model['ready'] for model in models)} of {sum(model['wanted'] for model in models)} replicas ready"
+    if "graph" in status and not status["replicas"]:
+        return f"{text}; {status['note']}"
     busy = next((replica for replica in status["replicas"] if replica["state"] == "starting"), None)
     if busy is not None and busy["progress"]:
         return f"{text}; {busy['name']}: {busy['progress']}"
@@ -101,7 +105,12 @@ def explain_failure(status: dict[str, Any]) -> str:
 
 
 def ask_models(status: dict[str, Any], key: str | None) -> str | None:
-    """One token of every model through the router, with the callers' key; what is wrong where there is none."""
+    """One token of every model through the router, with the callers' key; what is wrong where there is none.
+
+    Of a graph of models, whose answers only its user knows, every node has to have a replica.
+    """
+    if "graph" in status:
+        return ask_health(status["url"])
 
     async def ask() -> str | None:
         secret = SecretStr(key) if key else None
@@ -112,3 +121,28 @@ def ask_models(status: dict[str, Any], key: str | None) -> str | None:
         return None
 
     return asyncio.run(ask())
+
+
+def ask_health(url: str) -> str | None:
+    """What is wrong where `/health` is not 200."""
+    try:
+        code = ask_code(f"{url}/health", None)
+    except OSError as error:
+        return f"{url}/health: {error}"
+    return None if code == 200 else f"{url}/health answers {code}"
+
+
+def ask_code(url: str, key: str | None) -> int:
+    """The status of an answer.
+
+    Raises:
+        OSError: there is none.
+    """
+    asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(asked, timeout=ANSWER_LIMIT_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code

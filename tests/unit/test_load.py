@@ -347,8 +347,12 @@ def test_shape_b_serve_over_hosts_with_deploy_in_its_old_place(tmp_path: Path) -
     assert [host.chip for host in config.hosts] == ["gpu", "gpu"]
 
 
-def test_shape_c_graph_of_models() -> None:
-    config = read(GRAPH)
+def test_shape_c_graph_of_models(tmp_path: Path) -> None:
+    takes = {"One": "prompt", "Two": "one", "Three": "one, two"}
+    code = "\n".join(f"class {name}:\n    def forward(self, {given}): ..." for name, given in takes.items())
+    (tmp_path / "models.py").write_text(code)
+    config = read(GRAPH, tmp_path)
+    assert config.warnings == ()
     assert isinstance(config.task, tuple)
     assert [model.depends for model in config.task if isinstance(model, ServeModel)] == [[], ["A"], ["A", "B"]]
 
@@ -390,18 +394,18 @@ def test_serve_needs_a_model(value: Any) -> None:
     assert faults_of(tree)["serve"] == "holds no model; expected a list of models, each with a serve_id"
 
 
-def test_graph_faults_are_found() -> None:
-    rows = [serve_model(serve_id="a", depends=["b"]), serve_model(serve_id="b", depends=["a", "bb"]),
+def test_faults_of_a_list_of_models_are_found() -> None:
+    rows = [serve_model(serve_id="a", depends=["b"]), serve_model(serve_id="b", module="m.py", engine=None),
             serve_model(serve_id="a"), {"serve_id": "x"}, serve_model(serve_id="../up"),
             serve_model(serve_id="n", engine_args={})]  # fmt: skip
     found = faults_of(serve_tree(*rows[:4], rows[5]))
     assert found["serve.2.serve_id"] == "`a` is the name of another model too"
-    assert found["serve.1.depends"] == "there is no model `bb`; did you mean `b`?"
+    expected = "expected experiment.runner.deploy.enable_composition: true, for a graph of models"
+    assert found["serve.0.depends"] == f"has no effect here; {expected}"
+    assert found["serve.1.module"] == f"`b` is a node of a graph; {expected}"
     assert found["serve.3"] == "`x` has neither an engine nor a module; expected one of the two"
     assert found["serve.4.engine_args.model"] == "is missing; expected a folder or a name of a model"
     assert "expected a name without spaces and slashes" in faults_of(serve_tree(rows[4]))["serve.0.serve_id"]
-    circle = serve_tree(*(serve_model(serve_id=name, depends=[other]) for name, other in ("ab", "ba")))
-    assert [text for text in faults_of(circle).values() if "goes round in a circle" in text]
 
 
 def test_wrong_keys_of_engines_are_told_by_key() -> None:

@@ -316,9 +316,10 @@ def test_an_entry_point_of_its_own_reads_its_section_from_a_file() -> None:
     assert yaml.safe_load(content) == tree["serve"]
 
 
-@pytest.mark.parametrize("key", ["enable_composition", "prefill_decode_disaggregation"])
-def test_shapes_that_are_not_planned_are_refused_by_name(key: str) -> None:
-    with pytest.raises(UserError, match=key):
-        plan(serve_tree(experiment__runner__deploy={key: True}))
-    with pytest.raises(UserError, match="has no engine"):
-        plan(serve_tree({"serve_id": "a", "module": "m.py", "name": "A"}))
+def test_shapes_that_are_not_planned_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="prefill_decode_disaggregation"):
+        plan(serve_tree(experiment__runner__deploy={"prefill_decode_disaggregation": True}))
+    tree = serve_tree(experiment__task__entrypoint="s.py", experiment__runner__deploy={"enable_composition": True})
+    tree["serve"] = {"engine": {}}
+    with pytest.raises(UserError, match="a graph of models is a list of nodes"):
+        plan(tree)

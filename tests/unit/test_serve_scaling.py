@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flagscale.runner.plan.service import Scaling
+from flagscale.runner.plan.scaling import Scaling
 from flagscale.serve.scaling import NUM_LOOKS, Scaler
 
 

@@ -141,14 +141,12 @@ def _check_serve(checked: Checked, models: tuple[ServeModel, ...], policy: Polic
         path = f"serve.{index}"
         if names.count(model.serve_id) > 1 and names.index(model.serve_id) != index:
             checked.faults.append(Fault(f"{path}.serve_id", f"`{model.serve_id}` is the name of another model too"))
-        checked.faults += _check_graph_node(model, path, names)
         given: tuple[GivenArgument, ...] = ()
         if model.engine is not None:
             given = translate_engine_args(model.engine, model.engine_args, model.engine_args_specific, path)
             checked.check(given, model.engine, policy, references)
             checked.faults += _check_model_path(model, given, path)
         rows.append(given)
-    checked.faults += _find_cycle(models)
     checked.arguments = tuple(rows)
 
 
@@ -157,26 +155,3 @@ def _check_model_path(model: ServeModel, given: tuple[GivenArgument, ...], path:
     if any(argument.name == wanted for argument in given):
         return []
     return [Fault(f"{path}.engine_args.model", "is missing", expected="a folder or a name of a model")]
-
-
-def _check_graph_node(model: ServeModel, path: str, names: list[str]) -> list[Fault]:
-    if model.engine is None and model.module is None:
-        return [Fault(path, f"`{model.serve_id}` has neither an engine nor a module", expected="one of the two")]
-    return [
-        Fault(f"{path}.depends", f"there is no model `{name}`", suggestion=find_nearest(name, names))
-        for name in model.depends
-        if name not in names
-    ]
-
-
-def _find_cycle(models: tuple[ServeModel, ...]) -> list[Fault]:
-    """A fault for the first circle of dependencies."""
-    from graphlib import CycleError, TopologicalSorter
-
-    try:
-        TopologicalSorter({model.serve_id: model.depends for model in models}).prepare()
-    except CycleError as error:
-        circle: list[str] = error.args[1]
-        index = next(index for index, model in enumerate(models) if model.serve_id == circle[-1])
-        return [Fault(f"serve.{index}.depends", "goes round in a circle: " + " → ".join(reversed(circle)))]
-    return []

@@ -130,9 +130,12 @@ class Deploy(Section):
     """a replica that neither answers nor can be reached over SSH for so long is replaced on other chips"""
     use_fs_serve: bool = True
     enable_composition: bool = False
+    """the models are classes that take each other's results; see `graph.py`"""
     name: str | None = None
+    """the path that a graph of models answers at; default /"""
     request: Request | None = None
     working_dir: str | None = None
+    """a folder whose files a graph's nodes get on every host, and start in"""
     prefill_decode_disaggregation: bool = False
     prefill_num: int = Field(default=1, ge=1)
     decode_num: int = Field(default=1, ge=1)

@@ -19,7 +19,9 @@ def find_idle(experiment: Experiment) -> list[Fault]:
     runner, deploy = experiment.runner, experiment.runner.deploy
     found = [("experiment.runner", name, OF_RUNNER[name]) for name in OF_RUNNER if name in runner.model_fields_set]
     found += [
-        ("experiment.runner.deploy", name, OF_DEPLOY[name]) for name in OF_DEPLOY if name in deploy.model_fields_set
+        ("experiment.runner.deploy", name, OF_DEPLOY[name])
+        for name in OF_DEPLOY
+        if name in deploy.model_fields_set and not deploy.enable_composition
     ]
     holders = {"experiment.runner": runner, "experiment.runner.deploy": deploy}
     warnings = [

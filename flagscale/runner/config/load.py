@@ -81,6 +81,7 @@ class _Loader:
 
     def load(self) -> Config:
         from flagscale.runner.config.checks import check_task
+        from flagscale.runner.config.graph import check_graph
 
         secrets, hidden, found = find_secrets(self.tree, self.written_environment())
         self.faults += found
@@ -100,6 +101,8 @@ class _Loader:
             arguments = checked.arguments
             self.faults += checked.faults
             self.warnings += checked.warnings
+        if experiment is not None and isinstance(task, tuple):
+            self.faults += check_graph(task, experiment.runner, self.cwd, hosts)
         if experiment is not None and experiment.task.entrypoint is None and not isinstance(task, tuple | None):
             text = f"is missing: a task of type {self._task_type()} needs one"
             self.faults.append(Fault("experiment.task.entrypoint", text, expected="a script or a module"))

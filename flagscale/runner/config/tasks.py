@@ -7,7 +7,7 @@ backend's argument catalogue by `arguments.py`.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from flagscale.runner.config.section import Section
 
@@ -20,6 +20,11 @@ def _check_file_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.@+-]*", name):
         raise ValueError("a name without spaces and slashes")
     return name
+
+
+def _as_list(value: Any) -> Any:
+    """One name, as good as a list of it."""
+    return [value] if isinstance(value, str) else value
 
 
 class Train(Section):
@@ -88,8 +93,11 @@ class ServeModel(Section):
     resources: Resources = Field(default_factory=Resources)
     profile: Profile | None = None
     module: str | None = None
+    """of a node of a graph: the file of its class, relative to the folder in which the command is typed"""
     name: str | None = None
-    depends: list[str] = Field(default_factory=list)
+    """its class, which has a method `forward`"""
+    depends: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    """the nodes whose results `forward` is given, in this order; none: it is given the request's fields by name"""
 
 
 class CustomServe(Section):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import secrets as random_words
 import shutil
 import socket
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from flagscale.errors import LaunchError, UserError, find_nearest
 from flagscale.runner.launch.capacity import find_disk_faults, weigh_chips
 from flagscale.runner.launch.ports import find_free_port, find_port_owner, is_port_free
-from flagscale.runner.plan.job import HostPlan, JobPlan, ProcessSpec
+from flagscale.runner.plan.job import DRAWN, HostPlan, JobPlan, ProcessSpec
 
 
 def check_local(plan: JobPlan) -> None:
@@ -33,13 +34,13 @@ def gather_secrets(plan: JobPlan, env: Mapping[str, str]) -> dict[str, str]:
     Raises:
         UserError: some are not set.
     """
-    missing = [source for _, source in plan.secrets if source not in env]
+    missing = [source for _, source in plan.secrets if source not in env and source != DRAWN]
     if missing:
         raise UserError(
             f"`experiment.secrets`: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set in this "
             f"environment; expected e.g. `export {missing[0]}=…` before the launch"
         )
-    return {name: env[source] for name, source in plan.secrets}
+    return {name: random_words.token_hex(32) if source == DRAWN else env[source] for name, source in plan.secrets}
 
 
 def _search_path(process: ProcessSpec, env: Mapping[str, str]) -> str:

@@ -7,7 +7,8 @@ import shlex
 from typing import Any
 
 from flagscale.runner.launch.slurm_script import render_sbatch
-from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, ProcessSpec, encode_plan
+from flagscale.runner.plan.graph import describe_graph
+from flagscale.runner.plan.job import DRAWN, AtLaunch, HostPlan, JobPlan, ProcessSpec, encode_plan
 from flagscale.runner.plan.service import decode_service, list_first_jobs
 from flagscale.runner.render.argv import bind_word, render_argv
 from flagscale.runner.render.script import render_script
@@ -56,7 +57,7 @@ def render_dry_run(plan: JobPlan) -> str:
         for process in host.processes:
             lines += ["", f"# ==== {host.label}: {process.name}", "# environment"]
             lines += [f"{name}={shlex.quote(bind_word(value, None))}" for name, value in process.env]
-            lines += [f"{name}=<secret: taken from ${source} at launch>" for name, source in plan.secrets]
+            lines += [f"{name}=<secret: {_source_of(source)}>" for name, source in plan.secrets]
             lines += [f"{name}=<the interface that leads to {host.peer}>" for name in host.interface_vars]
             lines += [
                 "# argv",
@@ -67,6 +68,13 @@ def render_dry_run(plan: JobPlan) -> str:
         for path, content in host.files:
             lines += [f"# file {path}", content.rstrip("\n")]
     if plan.service is not None:
-        for job in list_first_jobs(decode_service(plan.service)):
+        service = decode_service(plan.service)
+        if service.graph is not None:
+            lines += ["", "# ==== the graph of models, in Ray Serve", *describe_graph(service.graph)]
+        for job in list_first_jobs(service):
             lines += ["", f"# ======== replica {job.exp_name}", render_dry_run(job).rstrip("\n")]
     return "\n".join(lines) + "\n"
+
+
+def _source_of(secret: str) -> str:
+    return secret if secret == DRAWN else f"taken from ${secret} at launch"

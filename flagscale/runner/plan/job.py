@@ -18,6 +18,8 @@ PLAN_VERSION = 1
 LaunchName = Literal["master_port", "next_port", "num_threads", "run_id", "master_addr", "master_endpoint"]
 """master_port: a free port of the head host; next_port: the one after it; num_threads: a replica's part of a CPU;
 master_addr: the first machine where a scheduler chooses it; master_endpoint: `<master_addr>:<master_port>`"""
+DRAWN = "drawn at launch"
+"""In place of a variable's name, as the source of a secret: a random word that no one but the job's processes know."""
 LauncherName = Literal["direct", "ray", "slurm"]
 
 
@@ -113,7 +115,8 @@ class JobPlan:
 
     exp_dir, log_dir: absolute; log_dir holds scripts/, pids/, details/ and one `<label>.output` a host
     checkpoint_dir: where a training job saves and looks for what it resumes from, None for other tasks
-    secrets: (name in the job, name in the launcher's environment) of variables whose values are written nowhere
+    secrets: (name in the job, name in the launcher's environment or `DRAWN`) of variables whose values are written
+        nowhere
     foreground: stay attached and return the job's exit code
     """
 

@@ -21,6 +21,7 @@ from flagscale.runner.plan.common import (
     plan_job,
     require_entrypoint,
 )
+from flagscale.runner.plan.composed import plan_composed
 from flagscale.runner.plan.engines import (
     LOOPBACK,
     Arguments,
@@ -33,11 +34,10 @@ from flagscale.runner.plan.engines import (
 from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, ProcessSpec
 from flagscale.runner.plan.placement import Ground, Need, Place
 from flagscale.runner.plan.replica import Crowd, plan_replica
-from flagscale.runner.plan.service import ModelPlan, Scaling, Seat, ServicePlan, encode_service
+from flagscale.runner.plan.scaling import Scaling, scaling_of
+from flagscale.runner.plan.service import DEFAULT_PORT, ModelPlan, Seat, ServicePlan, encode_service
 from flagscale.runner.plan.site import Site
 
-DEFAULT_PORT = 8000
-MOST_REPLICAS = 256
 NAMED_OTHERWISE = ("llama_cpp", "native")
 """engines that would not call a model by the path it was given with"""
 
@@ -49,11 +49,16 @@ def plan_serve(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
         UserError: the configuration asks for a shape of service that cannot be planned, or for more than there is.
     """
     deploy = config.experiment.runner.deploy
-    if deploy.enable_composition or deploy.prefill_decode_disaggregation:
-        key = "enable_composition" if deploy.enable_composition else "prefill_decode_disaggregation"
+    if deploy.prefill_decode_disaggregation:
+        key = "prefill_decode_disaggregation"
         raise UserError(f"experiment.runner.deploy.{key}: this release plans engines side by side, not this shape")
     if isinstance(config.task, CustomServe):
+        if deploy.enable_composition:
+            text = "`serve` is a mapping with an entry point of its own; a graph of models is a list of nodes"
+            raise UserError(f"experiment.runner.deploy.enable_composition: {text}")
         return _plan_custom(config, hosts, site)
+    if deploy.enable_composition:
+        return plan_composed(config, hosts, site)
     service = plan_service(config, site)
     outputs = find_outputs(config)
     process = ProcessSpec(
@@ -123,15 +128,13 @@ def plan_service(config: Config, site: Site) -> ServicePlan:
 
 
 def _start_row(config: Config, index: int, model: ServeModel) -> _Row:
-    if model.engine is None:
-        text = f"`{model.serve_id}` has no engine; a graph of models needs enable_composition"
-        raise UserError(f"serve.{index}: {text}")
+    assert model.engine is not None
     arguments = merge_arguments(config, index, model)
     if "api_key" in arguments:
         text = "would stand on a command line"
         instead = "an environment variable with the key, named by experiment.runner.deploy.api_key_env"
         raise ConfigError([Fault(f"serve.{index}.engine_args.api_key", text, expected=instead)])
-    return _Row(index, model, arguments, _scaling_of(index, model), count_devices(config, index, model, arguments))
+    return _Row(index, model, arguments, scaling_of(index, model), count_devices(config, index, model, arguments))
 
 
 def _plan_model(config: Config, site: Site, row: _Row, crowd: Crowd) -> ModelPlan:
@@ -147,27 +150,6 @@ def _plan_model(config: Config, site: Site, row: _Row, crowd: Crowd) -> ModelPla
         job = plan_replica(config, site, model, arguments, place, exp_dir, crowd)
         seats.append(Seat(job, (exp_dir, *(name for share in place for name in share.takes))))
     return ModelPlan(model.serve_id, model.engine, served_name, row.scaling, tuple(seats))
-
-
-def _scaling_of(index: int, model: ServeModel) -> Scaling:
-    asked = model.resources
-    lowest = asked.min_replicas if asked.min_replicas is not None else asked.num_replicas or 1
-    highest = asked.max_replicas or max(lowest, asked.num_replicas or 1)
-    initial = asked.num_replicas or lowest
-    path = f"serve.{index}.resources"
-    if lowest < 1:
-        raise ConfigError([Fault(f"{path}.min_replicas", "is 0", expected="1 or more: a service keeps a replica")])
-    if highest > MOST_REPLICAS:
-        raise ConfigError([Fault(f"{path}.max_replicas", f"is {highest}", expected=f"at most {MOST_REPLICAS}")])
-    if not lowest <= initial <= highest:
-        text = f"min_replicas {lowest}, num_replicas {initial}, max_replicas {highest} are not in this order"
-        raise ConfigError([Fault(path, text)])
-    told = {
-        "target": asked.target_ongoing_requests,
-        "upscale_delay_s": asked.upscale_delay_s,
-        "downscale_delay_s": asked.downscale_delay_s,
-    }
-    return Scaling(initial, lowest, highest, **{name: value for name, value in told.items() if value is not None})
 
 
 def _find_one(name: str, rows: list[_Row]) -> Any:

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flagscale.runner.plan.graph import GraphPlan, decode_graph, encode_graph
 from flagscale.runner.plan.job import JobPlan, decode_plan, encode_plan
+from flagscale.runner.plan.scaling import Scaling
 
 ENGINE_KEY = "FLAGSCALE_ENGINE_KEY"
 """The variable under which the controller hands the key of its own engines to a launch."""
+DEFAULT_PORT = 8000
 REPLICA_TASK = "replica"
 """`JobPlan.task` of a replica: its run belongs to a service and stands in no list of its own."""
 
@@ -26,18 +29,6 @@ class Seat:
 
     job: JobPlan
     takes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """How many replicas there are. The delays are seconds; target is of requests in flight and waiting, a replica."""
-
-    initial: int = 1
-    lowest: int = 1
-    highest: int = 1
-    target: float = 2.0
-    upscale_delay_s: float = 30.0
-    downscale_delay_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +51,7 @@ class ServicePlan:
 
     api_key_env: the environment variable that holds the key of its callers; empty where they need none
     router: further settings of the router, by name
+    graph: what answers in place of `models`, of which there are none then
     """
 
     name: str
@@ -71,6 +63,7 @@ class ServicePlan:
     router: tuple[tuple[str, Any], ...] = ()
     start_timeout_s: float = 1800.0
     host_lost_after_s: float = 120.0
+    graph: GraphPlan | None = None
 
     @property
     def url(self) -> str:
@@ -97,7 +90,8 @@ def encode_service(service: ServicePlan) -> dict[str, Any]:
         for model in service.models
     ]
     fields = {name: getattr(service, name) for name in ServicePlan.__dataclass_fields__}
-    return {**fields, "models": models, "router": dict(service.router)}
+    graph = encode_graph(service.graph) if service.graph else None
+    return {**fields, "models": models, "router": dict(service.router), "graph": graph}
 
 
 def decode_service(row: Mapping[str, Any]) -> ServicePlan:
@@ -116,4 +110,5 @@ def decode_service(row: Mapping[str, Any]) -> ServicePlan:
         )
         for model in row["models"]
     )
-    return ServicePlan(**{**row, "models": models, "router": tuple(row["router"].items())})
+    graph = decode_graph(row["graph"]) if row.get("graph") else None
+    return ServicePlan(**{**row, "models": models, "router": tuple(row["router"].items()), "graph": graph})

@@ -64,7 +64,7 @@ class Passthrough:
             request = await read_request(scope, receive, self._settings)
             record.started = loop.time()
             forward = asyncio.create_task(self._forwarder.forward(request, send, record))
-            if not await _outlives(forward, receive):
+            if not await outlives(forward, receive):
                 record.code = CALLER_LEFT
         except CallerLeftError:
             record.code = CALLER_LEFT
@@ -72,7 +72,7 @@ class Passthrough:
             record.code = refusal.status
             await send_refusal(refusal, send, is_all=record.code != 413)
             if record.code == 413:
-                await _discard_body(receive)
+                await discard_body(receive)
                 await send({"type": "http.response.body"})
         finally:
             self._metrics.count(record, loop.time() - record.started)
@@ -80,7 +80,7 @@ class Passthrough:
             abort()
 
 
-async def _discard_body(receive: Receive) -> None:
+async def discard_body(receive: Receive) -> None:
     """Let a caller finish sending for a while: a connection that is closed on it would lose the answer on its way."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_LINGER_S):
@@ -88,7 +88,7 @@ async def _discard_body(receive: Receive) -> None:
                 pass
 
 
-async def _outlives(work: "asyncio.Task[None]", receive: Receive) -> bool:
+async def outlives(work: "asyncio.Task[None]", receive: Receive) -> bool:
     """Wait for `work`, or until the caller leaves: then end it. Whether it came to its end; raises what it raised."""
     leaving = asyncio.create_task(_wait_until_left(receive))
     try:

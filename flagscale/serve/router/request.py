@@ -46,7 +46,7 @@ class Request:
 async def read_request(scope: Scope, receive: Receive, settings: RouterSettings) -> Request:
     """Raises Refusal for what cannot be passed on, CallerLeftError when there is nobody to answer."""
     headers: Headers = scope["headers"]
-    body = await _read_body(headers, receive, settings)
+    body = await read_body(headers, receive, settings)
     tree = parse_body(body)
     model = tree.get("model")
     if not isinstance(model, str) or not model:
@@ -62,7 +62,7 @@ async def read_request(scope: Scope, receive: Receive, settings: RouterSettings)
     )
 
 
-async def _read_body(headers: Headers, receive: Receive, settings: RouterSettings) -> bytes:
+async def read_body(headers: Headers, receive: Receive, settings: RouterSettings) -> bytes:
     limit = settings.max_body_bytes
     # A connection whose request was not read to its end is of no more use: what follows is no request.
     close = {"Connection": "close"}
