@@ -16,7 +16,7 @@ from flagscale.errors import LaunchError
 from flagscale.runner.launch.archive import RAY_ERRANDS, build_archive
 from flagscale.runner.launch.errands import BOOT
 from flagscale.runner.launch.folder import Remote
-from flagscale.runner.launch.reach import ASK_LIMIT_S, Links, Reply, pack_errand, read_reply
+from flagscale.runner.launch.reach import ASK_LIMIT_S, Links, Reply, pack_archive, pack_request, read_reply
 from flagscale.runner.plan.job import HostPlan
 
 MARGIN_S = 60.0
@@ -49,7 +49,7 @@ class Door:
             "env": dict(self.env),
             "connect_s": self.connect_s,
         }
-        text = pack_errand(build_archive(RAY_ERRANDS), "ray", {**row, **request})
+        text = pack_archive(build_archive(RAY_ERRANDS)) + pack_request("ray", {**row, **request})
         words = [self.remote.python if self.remote else sys.executable, "-I", "-c", BOOT.format(module="ray_errands")]
         limit_s += self.connect_s + MARGIN_S
         if self.remote is not None:
@@ -109,7 +109,7 @@ class PlaceLinks(Links):
         packed = {
             label: (
                 [self.remotes[label].python, *self.flags, "-c", self.boot],
-                pack_errand(self.archive, errand, request),
+                pack_archive(self.archive) + pack_request(errand, request),
             )
             for label, request in requests.items()
         }
