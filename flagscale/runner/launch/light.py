@@ -51,6 +51,11 @@ def asdict(item: Any) -> Any:
     return type(item)(map(asdict, item)) if isinstance(item, list | tuple) else item
 
 
+def astuple(item: Any) -> tuple[Any, ...]:
+    """Of a class whose fields are plain values."""
+    return _values(item)
+
+
 def replace(item: Any, /, **changes: Any) -> Any:
     return type(item)(**{**{name: getattr(item, name) for name in item.__dataclass_fields__}, **changes})
 
