@@ -217,10 +217,17 @@ def _connect(request: Mapping[str, Any]) -> None:
             return
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             if "ersion mismatch" in str(error) or time.monotonic() > deadline:
-                raise PlaceError(
-                    f"the Ray cluster at {request['address']} cannot be joined: {_explain(error)}"
-                ) from None
+                raise PlaceError(_explain_absence(request["address"], error)) from None
         time.sleep(0.5)
+
+
+def _explain_absence(address: str, error: Exception) -> str:
+    if address == "auto" and isinstance(error, ConnectionError):
+        return (
+            "no Ray cluster runs here (`experiment.runner.ray_address: auto`); start one by `ray start --head`, name "
+            "one as host:port, or leave `ray_address` out for a cluster of the run's own"
+        )
+    return f"the Ray cluster at {address} cannot be joined: {_explain(error)}"
 
 
 def _wait_for_port(address: str, deadline: float) -> None:
