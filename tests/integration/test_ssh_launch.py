@@ -223,10 +223,16 @@ def test_a_host_that_is_cut_off_is_told_and_never_called_finished(make_bench: Ma
     assert state["state"] == "unreachable"
     assert "host_1_h2: cannot be reached" in state["reason"]
     assert [host["state"] for host in state["hosts"]][1] == "unreachable"
-    assert bench.launch().returncode == 1
+    again = bench.launch()
+    assert again.returncode == 1
+    assert "h2  cannot be reached" in again.stderr
     stopped = bench.call("stop", str(bench.exp_dir))
+    assert stopped.returncode == 1
+    assert "host_1_h2 cannot be reached" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert bench.status()["hosts"][0]["state"] == "stopped"
+    on_h1 = subprocess.run(bench.hosts.command(["ps", "-eo", "args"], "h1"), capture_output=True, text=True).stdout
+    assert f"{bench.base}/rank.py" not in on_h1.replace(f"python -m torchrun {bench.base}/rank.py", "")
     bench.hosts.join("h2")
     assert bench.call("stop", str(bench.exp_dir)).returncode == 0
     assert bench.status()["state"] == "stopped"
@@ -255,6 +261,7 @@ def test_watchers_killed_at_one_stroke_leave_nothing_after_a_stop(make_bench: Ma
     pids = [str(host["agent_pid"]), str(host["guard_pid"])]
     subprocess.run(bench.hosts.command(["kill", "-KILL", *pids], "h2"), check=True)
     wait_for(lambda: bench.status()["hosts"][1]["state"] == "lost")
+    assert "host_1_h2" in bench.status()["reason"]
     assert bench.call("stop", str(bench.exp_dir)).returncode == 0
     assert bench.list_left() == []
 

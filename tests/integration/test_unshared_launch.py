@@ -161,7 +161,9 @@ def test_a_rank_that_fills_its_host_s_disk_is_named(make_bench: MakeBench) -> No
         wait_for(lambda: bench.status()["ended"])
     wait_for(lambda: bench.list_left() == [])
     state = bench.status()
-    assert (state["state"], state["reason"]) == ("failed", "host_1_h2: rank 1 ended with exit code 1")
+    cause = f"host_1_h2: rank 1 ended with exit code 1; the disk of {bench.exp_dir}/"
+    assert (state["state"], state["reason"].startswith(cause)) == ("failed", True), state["reason"]
+    assert state["reason"].endswith(" is full")
     assert [host["state"] for host in state["hosts"]] == ["stopped", "failed"]
     assert bench.call("stop", str(bench.exp_dir)).returncode == 0
 

@@ -139,7 +139,7 @@ class Links:
                 owned.close()
 
     def _ask(self, label: str, text: bytes, limit_s: float) -> Reply:
-        words = [self.remotes[label].python, *self.flags, "-c", self.boot]
+        words = [self.remotes[label].python, *self.flags, "-c", self.boot, label]  # so that `ps` shows whose it is
         try:
             if label not in self.dialogs:
                 self.dialogs[label] = self._connect(label).start(self.remotes[label].enter(words))
