@@ -86,6 +86,7 @@ def test_a_light_class_is_as_the_standard_one(cls: type) -> None:
     assert repr(one) == repr(other)
     if not any(isinstance(value, MappingProxyType) for value in vars_of(one)):  # the standard one copies no such thing
         assert dataclasses.asdict(one) == light.asdict(other)
+        assert dataclasses.astuple(one) == light.astuple(other)
     assert [row.name for row in dataclasses.fields(cls)] == [row.name for row in light.fields(other)]
     assert other == mine(*values.values())
     assert other != one
@@ -124,8 +125,9 @@ def test_nested_values_become_plain_ones_alike(value: Any) -> None:
         return dataclass(frozen=True)(Row)
 
     standard, mine = make(dataclasses.dataclass, dataclasses.field), make(light.dataclass, light.field)
-    expected = dataclasses.asdict(standard(value, {"x": [standard(value)]}))
-    assert light.asdict(mine(value, {"x": [mine(value)]})) == expected
+    one, other = (row(value, {"x": [row(value), (row(0), 1)]}) for row in (standard, mine))
+    assert light.asdict(other) == dataclasses.asdict(one)
+    assert light.astuple(other) == dataclasses.astuple(one)
     assert mine(1).more is not mine(1).more
 
 

@@ -44,16 +44,21 @@ def is_dataclass(item: Any) -> bool:
 
 
 def asdict(item: Any) -> Any:
+    return _unfold(item, lambda names, values: dict(zip(names, values, strict=True)))
+
+
+def astuple(item: Any) -> Any:
+    return _unfold(item, lambda _, values: tuple(values))
+
+
+def _unfold(item: Any, make: Callable[[list[str], list[Any]], Any]) -> Any:
+    """Also what lies in fields, lists, tuples and mappings."""
     if hasattr(type(item), "__dataclass_fields__"):
-        return {name: asdict(getattr(item, name)) for name in item.__dataclass_fields__}
+        names = list(item.__dataclass_fields__)
+        return make(names, [_unfold(getattr(item, name), make) for name in names])
     if isinstance(item, dict):
-        return {asdict(key): asdict(value) for key, value in item.items()}
-    return type(item)(map(asdict, item)) if isinstance(item, list | tuple) else item
-
-
-def astuple(item: Any) -> tuple[Any, ...]:
-    """Of a class whose fields are plain values."""
-    return _values(item)
+        return {_unfold(key, make): _unfold(value, make) for key, value in item.items()}
+    return type(item)(_unfold(value, make) for value in item) if isinstance(item, list | tuple) else item
 
 
 def replace(item: Any, /, **changes: Any) -> Any:
