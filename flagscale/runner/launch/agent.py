@@ -86,6 +86,8 @@ def leave_terminal(spec: Spec) -> None:
 
 def start_agent(spec: Spec, secrets: dict[str, str]) -> dict[str, Any] | None:
     """Leave guard and agent behind; their numbers once the job's processes are started, None where they are not."""
+    if spec.meet_port:
+        import flagscale.runner.launch.wire  # noqa: F401 the guard may need it when its file is gone
     told, ready = os.pipe()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if os.fork() == 0:

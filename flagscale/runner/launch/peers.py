@@ -33,7 +33,9 @@ def _modified(path: Path) -> int | None:
         return None
 
 
-def _open_wire(spec: Spec) -> "Wire":
+def _open_wire(spec: Spec) -> "Wire | None":
+    if not spec.meet_port:
+        return None
     from flagscale.runner.launch.wire import Wire  # loads OpenSSL, which hosts with a shared folder need not
 
     return Wire(spec)
@@ -45,7 +47,7 @@ class Peers:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.path = Path(spec.ending) if spec.ending else None
-        self.wire = _open_wire(spec) if spec.meet_port else None
+        self.wire = _open_wire(spec)
         self.known: Notice | None = None  # of a disk that takes nothing
         self.next_look = 0.0
         self.seen: dict[str, tuple[int | None, float]] = {}
