@@ -397,6 +397,7 @@ def test_a_container_is_entered_on_every_host_and_has_its_own_path(tmp_path: Pat
     [
         ("Error response from daemon: No such container: box", "has no running container `box`"),
         ("bash: line 1: docker: command not found", "cannot run `docker`: bash"),
+        ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", "cannot run `docker`: Cannot connect"),
         ("OCI runtime exec failed: exec: python3: not found: docker", "has no python3 in its container `box`"),
     ],
 )

@@ -41,7 +41,7 @@ CUT_OFF_AFTER_S = 30.0
 MOST_THREADS = 64
 ASK_AWAY_EVERY_S = 2.0
 """Of hosts whose journals have to be fetched."""
-_OF_DOCKER = "Error response from daemon"
+_OF_DOCKER = ("Error response from daemon", "Cannot connect to the Docker daemon")
 Result = TypeVar("Result")
 _ARCHIVES = {"errands": ERRANDS, "survey": SURVEY, "ray_errands": RAY_ERRANDS}
 _MISSING = (126, MISSING)
@@ -162,7 +162,7 @@ class Links:
         return self._read(label, words, code, out.decode(errors="replace"), err.decode(errors="replace").strip())
 
     def _read(self, label: str, words: Sequence[str], code: int, out: str, err: str) -> Reply:
-        if code in _MISSING or (code == 1 and _OF_DOCKER in err):
+        if code in _MISSING or (code == 1 and any(text in err for text in _OF_DOCKER)):
             return Reply({}, _explain_missing(self.remotes[label], err))
         return read_reply(words, code, out, err)
 
@@ -179,7 +179,7 @@ def read_reply(words: Sequence[str], code: int, out: str, err: str) -> Reply:
 
 def _explain_missing(remote: Remote, told: str) -> str:
     """Why not even Python could be run."""
-    if remote.container and _OF_DOCKER in told:
+    if remote.container and _OF_DOCKER[0] in told:
         return f"has no running container `{remote.container}` (`experiment.runner.docker`): {told}"
     if remote.container and "docker" in told and "OCI" not in told:
         return f"cannot run `docker`: {told}"
