@@ -389,6 +389,11 @@ def test_the_cluster_that_this_machine_is_part_of(
     assert "Traceback" not in none.stderr
     assert not (bench.exp_dir / "runs").exists()
 
+    note = f"echo 127.0.0.1:9 > {where_ray_writes}/ray_current_cluster"
+    subprocess.run(here.command(["sh", "-c", note]), check=True)  # of a cluster that has died
+    gone = bench.launch()
+    assert "the Ray cluster at 127.0.0.1:9 cannot be joined: Connection refused" in gone.stderr
+
     def ray(*words: str) -> str:
         command = here.command([str(RAY), *words])
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)

@@ -67,7 +67,9 @@ def _run_here(words: list[str], text: bytes, limit_s: float) -> Reply:
         done = subprocess.run(
             words, input=text, capture_output=True, timeout=limit_s, check=False, cwd="/", start_new_session=True
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return Reply({}, f"no answer within {limit_s:g} s")
+    except OSError as error:
         return Reply({}, str(error))
     return read_reply(
         words, done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
