@@ -395,7 +395,7 @@ def test_the_cluster_that_this_machine_is_part_of(
     assert "the Ray cluster at 127.0.0.1:9 cannot be joined: Connection refused" in gone.stderr
 
     def ray(*words: str) -> str:
-        command = here.command([str(RAY), *words])
+        command = here.command(["env", "RAY_raylet_start_wait_time_s=150", str(RAY), *words])
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
