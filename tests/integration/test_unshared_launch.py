@@ -59,7 +59,7 @@ def test_a_life_without_a_shared_folder(make_bench: MakeBench, tmp_path: Path) -
     assert bench.status()["state"] == "running"
     run_id = bench.run.run_id
     there = list_files(bench, "h2")
-    assert {f"runs/{run_id}/host_1_h2.spec.json", f"runs/{run_id}/agent.pyz", "logs/host_1_h2.output"} <= there
+    assert {f"runs/{run_id}/host_1_h2.spec.json", "logs/host_1_h2.output"} <= there
     assert not any("host_0_h1" in path for path in there)
     here = {str(path.relative_to(bench.exp_dir)) for path in bench.exp_dir.rglob("*") if path.is_file()}
     assert "logs/scripts/host_1_h2_run.sh" in there - here
