@@ -389,10 +389,11 @@ def test_the_cluster_that_this_machine_is_part_of(
     assert "Traceback" not in none.stderr
     assert not (bench.exp_dir / "runs").exists()
 
-    note = f"echo 127.0.0.1:9 > {where_ray_writes}/ray_current_cluster"
-    subprocess.run(here.command(["sh", "-c", note]), check=True)  # of a cluster that has died
+    note = where_ray_writes / "ray_current_cluster"
+    subprocess.run(here.command(["sh", "-c", f"echo 127.0.0.1:9 > {note}"]), check=True)  # of a cluster that has died
     gone = bench.launch()
     assert "the Ray cluster at 127.0.0.1:9 cannot be joined: Connection refused" in gone.stderr
+    subprocess.run(here.command(["rm", str(note)]), check=True)
 
     def ray(*words: str) -> str:
         command = here.command(["env", "RAY_raylet_start_wait_time_s=150", str(RAY), *words])

@@ -145,4 +145,4 @@ def test_one_python_answers_until_there_are_no_more_questions() -> None:
     words = [sys.executable, "-I", "-S", "-c", BOOT.format(module="survey")]
     packed = pack_archive(build_archive(SURVEY)) + 3 * ask
     done = subprocess.run(words, input=packed, capture_output=True, timeout=60, check=True, cwd="/")
-    assert done.stdout == 3 * b'{"is_watched": false, "num_left": 0}\n'
+    assert done.stdout == 3 * b'flagscale answers: {"is_watched": false, "num_left": 0}\n'

@@ -442,7 +442,7 @@ def test_a_program_is_asked_until_it_ends() -> None:
 def test_a_host_is_asked_by_one_python_and_by_another_when_that_has_ended(tmp_path: Path) -> None:
     started = tmp_path / "started"
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho x >> {started}\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\necho x >> {started}\necho Welcome; printf to:\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     request = {"l": {"machine": "elsewhere", "pids": [], "token": "nobody's"}}
     with reach.Links([Remote("l", "localhost", None, None, str(python), client="local")]) as links:

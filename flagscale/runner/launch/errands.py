@@ -46,6 +46,8 @@ from flagscale.runner.plan.job import JobPlan, decode_plan
 
 TAIL_BYTES = 1 << 14
 CHUNK_BYTES = 1 << 22
+ANSWER = "flagscale answers: "
+"""goes before each answer: what a login shell or a site's packages print at their start is none"""
 BOOT = (
     "import os,sys;sys.version_info<(3,11)and sys.exit('Python '+sys.version.split()[0]+' is too old, 3.11 is needed');"
     "i=sys.stdin.buffer;n=int(i.readline());f=os.memfd_create('flagscale');os.write(f,i.read(n));"
@@ -272,7 +274,7 @@ def answer_errands(errands: Mapping[str, Callable[[dict[str, Any]], dict[str, An
     """One line of JSON for each, until there are no more."""
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        print(json.dumps(errands[request["errand"]](request)), flush=True)
+        print(ANSWER + json.dumps(errands[request["errand"]](request)), flush=True)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from flagscale.runner.launch.folder import SSH_PORT, Remote
 KEEPALIVE_S = 15
 OPEN_LIMIT_S = 10.0
 _SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
-_WRITING = threading.Lock()
+_WRITING, _READING = threading.Lock(), threading.Lock()
 
 
 class _UnknownKeyError(paramiko.SSHException):
@@ -101,7 +101,8 @@ def _find_keys(path: Path, name: str) -> dict[str, paramiko.PKey]:
     """Kind -> key of a host in a file of known hosts, which need not be there."""
     try:
         stat = path.stat()
-        known = _load_known_hosts(path, stat.st_mtime_ns, stat.st_size)
+        with _READING:
+            known = _load_known_hosts(path, stat.st_mtime_ns, stat.st_size)
     except OSError:
         return {}
     return dict(known.lookup(name) or {})

@@ -25,7 +25,7 @@ from flagscale.runner.launch.connection import (
     ProgramEndedError,
     open_connection,
 )
-from flagscale.runner.launch.errands import BOOT
+from flagscale.runner.launch.errands import ANSWER, BOOT
 from flagscale.runner.launch.folder import Remote, RunRef
 from flagscale.runner.launch.mirror import fetch_reports, find_away
 from flagscale.runner.launch.notice import Notice, load_notice
@@ -144,7 +144,10 @@ class Links:
             if label not in self.dialogs:
                 self.dialogs[label] = self._connect(label).start(self.remotes[label].enter(words))
                 text = pack_archive(self.archive) + text
-            return Reply(json.loads(self.dialogs[label].ask(text, limit_s)))
+            line = self.dialogs[label].ask(text, limit_s).decode(errors="replace")
+            while ANSWER not in line:
+                line = self.dialogs[label].ask(b"", limit_s).decode(errors="replace")
+            return Reply(json.loads(line.partition(ANSWER)[2]))
         except LinkError as error:
             self._close(label)
             return Reply({}, str(error))
@@ -172,7 +175,8 @@ def read_reply(words: Sequence[str], code: int, out: str, err: str) -> Reply:
     try:
         if code != 0:
             raise ValueError
-        return Reply(json.loads(out.strip().splitlines()[-1]))
+        last = out.strip().splitlines()[-1]
+        return Reply(json.loads(last.partition(ANSWER)[2] or last))
     except (ValueError, IndexError):
         return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {err.strip() or out}")
 
