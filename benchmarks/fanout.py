@@ -3,8 +3,8 @@
     python benchmarks/fanout.py [--hosts 64] [--runs 3]         as root: it makes test hosts (tools/testhosts)
 
 Three command lines are timed in turn, on one host, on all hosts, and as the shell loop that a user would write without
-a launcher: `ssh` to one host after another, to start the bare program, look whether it lives, and end it. The medians
-give two ratios a verb:
+a launcher: `ssh` to one host after another, to start the bare program with its output in a file and see that it is up,
+look whether it lives, and end it. The medians give two ratios a verb:
 
     all hosts / one host                      promised: at most 4
     one ssh after another / all hosts         promised: at least 8
@@ -12,7 +12,8 @@ give two ratios a verb:
 All hosts are processes of this one machine. What they do at once on machines of their own, they do here in turn on
 its cores, so the line `machine` says how many processor seconds launcher and hosts used, and how long the cores would
 take for that if they were never idle: no launcher that does the same work can be faster here. On a machine with
-enough cores for all the hosts the two ratios are those of the launcher alone.
+enough cores for all the hosts the two ratios are those of the launcher alone. On one that has other work too, wall
+times say little, and the loop's, which mostly waits, least: `chrt -r 1 python benchmarks/fanout.py` goes before it.
 """
 
 import argparse
@@ -51,10 +52,11 @@ wait
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """wall_s: of the command; cpu_s: of the command and of all hosts, while it ran"""
+    """wall_s: of the command; cpu_s: of the command and of all hosts, while it ran; hosts_s: of the hosts alone"""
 
     wall_s: float
     cpu_s: float
+    hosts_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,10 @@ class Bench:
         return self.time(["env", *settings, sys.executable, "-c", MAIN, *words[name]])
 
     def loop(self, name: str, num_hosts: int) -> Cost:
-        """The same by hand: the bare program on one host after another, its number kept in a file a host."""
+        """The same by hand: the bare program on one host after another, its number and its output in files a host."""
         pid = f"{self.base}/$host.pid"
         commands = {
-            "launch": f"setsid sleep 1000000 < /dev/null > /dev/null 2>&1 & echo $! > {pid}",
+            "launch": f"setsid sleep 1000000 < /dev/null > {self.base}/$host.log 2>&1 & echo $! > {pid}; kill -0 $!",
             "query": f"kill -0 $(cat {pid})",
             "stop": f"kill $(cat {pid})",
         }
@@ -113,7 +115,8 @@ class Bench:
         if done.returncode != 0:
             print(done.stderr, file=sys.stderr)
             done.check_returncode()
-        return Cost(wall_s, self._cpu_of_hosts() - of_hosts + _cpu_of_children() - of_us)
+        hosts_s = self._cpu_of_hosts() - of_hosts
+        return Cost(wall_s, hosts_s + _cpu_of_children() - of_us, hosts_s)
 
     def _cpu_of_hosts(self) -> float:
         """Processor seconds of all processes of the hosts, those included that have ended and were waited for."""
@@ -134,7 +137,7 @@ def _cpu_of_children() -> float:
 
 
 def median(costs: Sequence[Cost]) -> Cost:
-    return Cost(statistics.median(cost.wall_s for cost in costs), statistics.median(cost.cpu_s for cost in costs))
+    return Cost(*map(statistics.median, zip(*((cost.wall_s, cost.cpu_s, cost.hosts_s) for cost in costs), strict=True)))
 
 
 def compare(verb: str, one: Cost, many: Cost, loop: Cost, num_hosts: int) -> bool:
@@ -148,8 +151,9 @@ def compare(verb: str, one: Cost, many: Cost, loop: Cost, num_hosts: int) -> boo
         f" {gain:.2f} times less than one ssh after another (at least {LEAST_GAIN:g}): {verdict}"
     )
     print(
-        f"  one {one.wall_s:.2f} s, {num_hosts} hosts {many.wall_s:.2f} s, one ssh after another {loop.wall_s:.2f} s;"
-        f" machine: {many.cpu_s:.2f} processor seconds, {floor_s:.2f} s of all {cores} cores"
+        f"  one {one.wall_s:.2f} s, {num_hosts} hosts {many.wall_s:.2f} s, one ssh after another {loop.wall_s:.2f} s"
+        f" ({loop.cpu_s:.2f} processor seconds); machine: {many.cpu_s:.2f} processor seconds"
+        f" ({1000 * many.hosts_s / num_hosts:.0f} ms a host), {floor_s:.2f} s of all {cores} cores"
     )
     return verdict == "kept"
 

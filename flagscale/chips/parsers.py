@@ -24,9 +24,10 @@ class UnreadableError(ValueError):
 
 BUS = r"[0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-9A-Fa-f]"
 NUMBER = r"[0-9]{1,6}"
-_ROW = re.compile(rf"\|\s*({NUMBER})\s+([^\s|][^|]*?)\s*\|\s*({BUS})")
-_MEMORY = re.compile(r"([0-9]{1,9})\s*(?:MiB)?\s*/\s*([0-9]{1,9})\s*MiB")
-_PROCESSES = re.compile(r"Process(es)?\s*:|Process id|Process name", re.IGNORECASE)
+# Patterns are compiled when a tool has printed something: most hosts that are asked have none of these tools.
+_ROW = rf"\|\s*({NUMBER})\s+([^\s|][^|]*?)\s*\|\s*({BUS})"
+_MEMORY = r"([0-9]{1,9})\s*(?:MiB)?\s*/\s*([0-9]{1,9})\s*MiB"
+_PROCESSES = r"(?i)Process(es)?\s*:|Process id|Process name"
 
 
 def _bus(text: str | None) -> str | None:
@@ -57,7 +58,7 @@ def _table(text: str, banner: str) -> Iterator[str]:
     if start is None:
         raise UnreadableError("prints no table of its own: its heading is missing")
     for line in lines[start:]:
-        if _PROCESSES.search(line):
+        if re.search(_PROCESSES, line):
             return
         yield line
 
@@ -94,12 +95,12 @@ def _parse_two_lines(text: str, banner: str) -> tuple[Device, ...]:
     devices: list[Device] = []
     pending: Device | None = None
     for line in _table(text, banner):
-        if row := _ROW.search(line):
+        if row := re.search(_ROW, line):
             if pending is not None:
                 break
             name = re.split(r"\s{2,}", row[2])[0]
             pending = Device(int(row[1]), name, bus=_bus(row[3]))
-        elif pending is not None and (memory := _MEMORY.search(line)):
+        elif pending is not None and (memory := re.search(_MEMORY, line)):
             devices.append(Device(pending.index, pending.name, _mib(memory[2]), pending.bus))
             pending = None
     if pending is not None:
@@ -122,7 +123,7 @@ def parse_ppu_smi(text: str) -> tuple[Device, ...]:
     return _parse_two_lines(text, r"\|\s*PPU-SMI\b")
 
 
-_CNMON_ROW = re.compile(rf"\|\s*({NUMBER})\s+\S+\s+(MLU\S*)\s+v\S+\s*\|\s*({BUS})?")
+_CNMON_ROW = rf"\|\s*({NUMBER})\s+\S+\s+(MLU\S*)\s+v\S+\s*\|\s*({BUS})?"
 
 
 def parse_cnmon(text: str) -> tuple[Device, ...]:
@@ -130,11 +131,11 @@ def parse_cnmon(text: str) -> tuple[Device, ...]:
     devices: list[Device] = []
     pending: Device | None = None
     for line in _table(text, r"\|\s*CNMON v"):
-        if row := _CNMON_ROW.search(line):
+        if row := re.search(_CNMON_ROW, line):
             if pending is not None:
                 break
             pending = Device(int(row[1]), row[2], bus=_bus(row[3]))
-        elif pending is not None and (memory := _MEMORY.search(line)):
+        elif pending is not None and (memory := re.search(_MEMORY, line)):
             devices.append(Device(pending.index, pending.name, _mib(memory[2]), pending.bus))
             pending = None
     if pending is not None:
@@ -142,8 +143,8 @@ def parse_cnmon(text: str) -> tuple[Device, ...]:
     return _distinct(devices)
 
 
-_MX_ROW = re.compile(rf"\|\s*({NUMBER})\s+([^\s|][^|]*?)\s*\|\s*({NUMBER})\s+O(?:n|ff)\s*\|\s*({BUS})")
-_MX_COUNT = re.compile(rf"Attached GPUs\s*:\s*({NUMBER})")
+_MX_ROW = rf"\|\s*({NUMBER})\s+([^\s|][^|]*?)\s*\|\s*({NUMBER})\s+O(?:n|ff)\s*\|\s*({BUS})"
+_MX_COUNT = rf"Attached GPUs\s*:\s*({NUMBER})"
 
 
 def parse_mx_smi(text: str) -> tuple[Device, ...]:
@@ -151,31 +152,31 @@ def parse_mx_smi(text: str) -> tuple[Device, ...]:
     devices: list[Device] = []
     pending: Device | None = None
     for line in _table(text, r"\|\s*MX-SMI\b"):
-        if row := _MX_ROW.search(line):
+        if row := re.search(_MX_ROW, line):
             pending = Device(int(row[3]), row[2], bus=_bus(row[4]), card=int(row[1]))
-        elif row := _ROW.search(line):
+        elif row := re.search(_ROW, line):
             pending = Device(int(row[1]), row[2], bus=_bus(row[3]))
-        elif pending is not None and (memory := _MEMORY.search(line)):
+        elif pending is not None and (memory := re.search(_MEMORY, line)):
             devices.append(Device(pending.index, pending.name, _mib(memory[2]), pending.bus, card=pending.card))
             pending = None
-    count = _MX_COUNT.search(text)
+    count = re.search(_MX_COUNT, text)
     if count is not None and int(count[1]) != len(devices):
         raise UnreadableError(f"says that {int(count[1])} GPUs are attached, and lists {len(devices)}")
     return _distinct(devices)
 
 
-_MT_ROW = re.compile(rf"({NUMBER})\s+(MTT [^\s|][^|]*?)\s*\|\s*({BUS})\s*\|.*?({NUMBER})MiB\(([0-9]{{1,9}})MiB\)")
+_MT_ROW = rf"({NUMBER})\s+(MTT [^\s|][^|]*?)\s*\|\s*({BUS})\s*\|.*?({NUMBER})MiB\(([0-9]{{1,9}})MiB\)"
 
 
 def parse_mthreads_gmi(text: str) -> tuple[Device, ...]:
     """`mthreads-gmi`."""
-    rows = map(_MT_ROW.match, _table(text, r"mthreads-gmi\s*:"))
+    rows = (re.match(_MT_ROW, line) for line in _table(text, r"mthreads-gmi\s*:"))
     return _distinct([Device(int(row[1]), row[2], _mib(row[5]), _bus(row[3])) for row in rows if row])
 
 
-_NPU_ROW = re.compile(rf"\|\s*({NUMBER})\s+(\S+)\s*\|\s*(\w+)\s*\|")
-_NPU_CHIP_ROW = re.compile(rf"\|\s*({NUMBER})(?:\s+({NUMBER}))?\s*\|\s*(?:({BUS})|NA)\s*\|(.*)\|")
-_NPU_MEMORY = re.compile(r"[0-9]{1,9}\s*/\s*([0-9]{1,9})")
+_NPU_ROW = rf"\|\s*({NUMBER})\s+(\S+)\s*\|\s*(\w+)\s*\|"
+_NPU_CHIP_ROW = rf"\|\s*({NUMBER})(?:\s+({NUMBER}))?\s*\|\s*(?:({BUS})|NA)\s*\|(.*)\|"
+_NPU_MEMORY = r"[0-9]{1,9}\s*/\s*([0-9]{1,9})"
 
 
 def parse_npu_smi(text: str) -> tuple[Device, ...]:
@@ -187,15 +188,15 @@ def parse_npu_smi(text: str) -> tuple[Device, ...]:
     devices: list[Device] = []
     npu: re.Match[str] | None = None
     for line in _table(text, r"\|\s*npu-smi\b"):
-        if chip := _NPU_CHIP_ROW.search(line):
+        if chip := re.search(_NPU_CHIP_ROW, line):
             if npu is None:
                 raise UnreadableError("lists a chip of no NPU")
-            memory = _NPU_MEMORY.findall(chip[4])
+            memory = re.findall(_NPU_MEMORY, chip[4])
             index, card = int(chip[2] or npu[1]), int(npu[1])
             size = _mib(memory[-1]) if memory else None
             devices.append(Device(index, _ascend(npu[2]), size, _bus(chip[3]), card=card, health=npu[3]))
             npu = None
-        elif row := _NPU_ROW.search(line):
+        elif row := re.search(_NPU_ROW, line):
             npu = row
     if npu is not None:
         raise UnreadableError(f"breaks off at NPU {npu[1]}")
@@ -206,7 +207,7 @@ def _ascend(name: str) -> str:
     return name if name.startswith("Ascend") else f"Ascend{name}"
 
 
-_DCU_ROW = re.compile(rf"({NUMBER})\s+-?[0-9.]+C\b")
+_DCU_ROW = rf"({NUMBER})\s+-?[0-9.]+C\b"
 
 
 def parse_hy_smi(text: str) -> tuple[Device, ...]:
@@ -217,7 +218,7 @@ def parse_hy_smi(text: str) -> tuple[Device, ...]:
         raise UnreadableError(
             "speaks of GPUs, not of HCUs or DCUs: it is AMD's" if is_amd else "prints no table of HCUs"
         )
-    rows = map(_DCU_ROW.match, lines)
+    rows = (re.match(_DCU_ROW, line) for line in lines)
     devices = [Device(int(row[1])) for row in rows if row]
     if "End of SMI Log" not in text:
         raise UnreadableError(f"breaks off after {len(devices)} devices")

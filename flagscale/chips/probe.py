@@ -132,13 +132,13 @@ def run_tool(argv: Sequence[str], timeout_s: float = TIMEOUT_S) -> Answer | None
 
     Its output goes into a file: a pipe would be held open by whatever the tool leaves behind, and waited for.
     """
+    program = find_program(argv[0])
+    if program is None:
+        return None
     import os
     import subprocess
     import tempfile
 
-    program = find_program(argv[0])
-    if program is None:
-        return None
     with tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(

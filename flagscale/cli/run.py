@@ -26,4 +26,6 @@ def main(argv: list[str]) -> int:
     if overrides and "=" not in overrides[0] and not overrides[0].startswith("~"):
         config = overrides.pop(0)
     composed = compose(config, args.task, overrides)
-    return act(composed, "test" if args.foreground else "run", ["flagscale", *sys.argv[1:]])
+    is_named = any(word.partition("=")[0] == "action" for word in overrides)
+    action = "test" if args.foreground else None if is_named else "run"
+    return act(composed, action, ["flagscale", *sys.argv[1:]])

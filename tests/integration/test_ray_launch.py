@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import MakeHosts, missing
+from hosts import HostSet, MakeHosts, missing
 from ssh_jobs import Bench
 
 from flagscale.runner.launch.folder import find_cluster
@@ -339,3 +339,75 @@ def test_no_cluster_where_one_is_named(bench: Bench, running: Running, monkeypat
     assert done.returncode == 1
     assert "cannot be joined" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- the cluster that this machine is part of ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OnHost:
+    """In place of a set of hosts: commands run on one of them, as by a user who is logged in there."""
+
+    hosts: HostSet
+    name: str
+
+    def command(self, argv: Sequence[str], on: str | None = None) -> list[str]:
+        return self.hosts.command(argv, on or self.name)
+
+
+@pytest.fixture
+def where_ray_writes() -> Iterator[Path]:
+    """Ray's own folder, so that a host can have one of its own on its place."""
+    folder = Path("/tmp/ray")
+    is_new = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    yield folder
+    if is_new:
+        with contextlib.suppress(OSError):  # somebody uses it by now
+            folder.rmdir()
+
+
+@pytest.mark.slow
+@pytest.mark.hosts
+@NEEDS_HOSTS
+def test_the_cluster_that_this_machine_is_part_of(
+    where_ray_writes: Path, make_hosts: MakeHosts, tmp_path: Path
+) -> None:
+    """`ray start --head` as its documentation has it, on a machine where nobody else's Ray is, and `auto`."""
+    (tmp_path / "base").mkdir()
+    here: Any = OnHost(make_hosts(1, private_dirs=(where_ray_writes,)), "h1")
+    bench = Bench(here, tmp_path / "base")
+    bench.write()
+    path = bench.base / "conf" / "config.yaml"
+    config = json.loads(path.read_text())
+    runner = {"type": "ray", "ray_address": "auto", "device_type": "cpu", "ray_wait_s": 5, "start_timeout_s": 90}
+    config["experiment"]["runner"] = {**runner, "nproc_per_node": 2}
+    path.write_text(json.dumps(config))
+    none = bench.launch()
+    assert none.returncode == 1
+    assert "no Ray cluster runs here (`experiment.runner.ray_address: auto`)" in none.stderr
+    assert "Traceback" not in none.stderr
+    assert not (bench.exp_dir / "runs").exists()
+
+    note = where_ray_writes / "ray_current_cluster"
+    subprocess.run(here.command(["sh", "-c", f"echo 127.0.0.1:9 > {note}"]), check=True)  # of a cluster that has died
+    gone = bench.launch()
+    assert "the Ray cluster at 127.0.0.1:9 cannot be joined: Connection refused" in gone.stderr
+    subprocess.run(here.command(["rm", str(note)]), check=True)
+
+    def ray(*words: str) -> str:
+        command = here.command(["env", "RAY_raylet_start_wait_time_s=150", str(RAY), *words])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    ray("start", "--head", "--num-cpus", "2", "--disable-usage-stats", "--object-store-memory", "100000000")
+    done = bench.launch("experiment.runner.ray_wait_s=60")
+    assert done.returncode == 0, done.stderr
+    state = bench.status()
+    assert (state["state"], [rank["state"] for rank in state["ranks"]]) == ("running", ["up", "up"])
+    assert "0.0/2.0 CPU" not in ray("status")
+    stopped = bench.call("stop", str(bench.exp_dir))
+    assert (stopped.returncode, stopped.stdout.split()[-1]) == (0, "stopped"), stopped.stderr
+    assert bench.list_left() == []
+    wait_for(lambda: "0.0/2.0 CPU" in ray("status"))

@@ -180,6 +180,7 @@ def test_a_job_waits_its_turn_and_is_taken_out_of_the_queue(bench: Bench) -> Non
     assert "is PENDING (BeginTime); follow it with `flagscale logs -f" in done.stdout
     state = bench.status()
     assert (state["state"], state["hosts"][0]["state"]) == ("pending", "pending")
+    assert [rank["state"] for rank in state["ranks"]] == ["waiting"]
     assert "PENDING (BeginTime)" in state["reason"]
     assert " pending " in bench.call("list").stdout
     again = bench.launch()

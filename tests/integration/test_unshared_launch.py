@@ -59,7 +59,7 @@ def test_a_life_without_a_shared_folder(make_bench: MakeBench, tmp_path: Path) -
     assert bench.status()["state"] == "running"
     run_id = bench.run.run_id
     there = list_files(bench, "h2")
-    assert {f"runs/{run_id}/host_1_h2.spec.json", f"runs/{run_id}/agent.pyz", "logs/host_1_h2.output"} <= there
+    assert {f"runs/{run_id}/host_1_h2.spec.json", "logs/host_1_h2.output"} <= there
     assert not any("host_0_h1" in path for path in there)
     here = {str(path.relative_to(bench.exp_dir)) for path in bench.exp_dir.rglob("*") if path.is_file()}
     assert "logs/scripts/host_1_h2_run.sh" in there - here
@@ -161,7 +161,9 @@ def test_a_rank_that_fills_its_host_s_disk_is_named(make_bench: MakeBench) -> No
         wait_for(lambda: bench.status()["ended"])
     wait_for(lambda: bench.list_left() == [])
     state = bench.status()
-    assert (state["state"], state["reason"]) == ("failed", "host_1_h2: rank 1 ended with exit code 1")
+    cause = f"host_1_h2: rank 1 ended with exit code 1; the disk of {bench.exp_dir}/"
+    assert (state["state"], state["reason"].startswith(cause)) == ("failed", True), state["reason"]
+    assert state["reason"].endswith(" is full")
     assert [host["state"] for host in state["hosts"]] == ["stopped", "failed"]
     assert bench.call("stop", str(bench.exp_dir)).returncode == 0
 

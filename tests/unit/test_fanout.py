@@ -15,16 +15,16 @@ pytest_plugins = ("host_fixtures",)
 
 
 def test_ratios_and_verdicts(capsys: pytest.CaptureFixture[str]) -> None:
-    one, many, loop = fanout.Cost(1.0, 0.1), fanout.Cost(2.0, 3.0), fanout.Cost(20.0, 2.0)
+    one, many, loop = fanout.Cost(1.0, 0.1, 0.0), fanout.Cost(2.0, 3.0, 1.6), fanout.Cost(20.0, 2.0, 1.0)
     assert fanout.compare("launch", one, many, loop, 64)
-    assert not fanout.compare("launch", fanout.Cost(0.4, 0.1), many, loop, 64)
-    assert not fanout.compare("launch", one, many, fanout.Cost(15.0, 2.0), 64)
+    assert not fanout.compare("launch", fanout.Cost(0.4, 0.1, 0.0), many, loop, 64)
+    assert not fanout.compare("launch", one, many, fanout.Cost(15.0, 2.0, 1.0), 64)
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith(
         "launch: 64 hosts take 2.00 times what one takes (promised at most 4), and 10.00 times less"
     )
     assert first.endswith("kept")
-    assert "machine: 3.00 processor seconds" in second
+    assert "machine: 3.00 processor seconds (25 ms a host)" in second
 
 
 @pytest.mark.hosts

@@ -63,6 +63,13 @@ def test_words_and_input_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.
         link.run(["sleep", "600"], b"", 0.5)
     with pytest.raises(LinkError, match="was reached, and then: it broke"):
         link.run(["sh", "-c", "echo it broke >&2; exit 255"], b"", 10)
+    dialog = link.start(["sh", "-c", 'while read -r line; do echo "<$line>"; done'])
+    assert [dialog.ask(text, 10) for text in (b"a\n", b"'b' $c\n")] == [b"<a>", b"<'b' $c>"]
+    dialog.close()
+    dialog = link.start(["sh", "-c", "echo it broke >&2; exit 255"])
+    with pytest.raises(LinkError, match="was reached, and then: it broke"):
+        dialog.ask(b"x\n", 10)
+    dialog.close()
     folder, master = link.folder, link.master
     link.close()
     assert not folder.exists()

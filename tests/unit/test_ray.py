@@ -19,7 +19,7 @@ from flagscale.runner.launch import ray_cluster, ray_errands, ray_place, ray_pla
 from flagscale.runner.launch.archive import RAY_ERRANDS, build_archive
 from flagscale.runner.launch.folder import find_cluster, list_remotes, ref_of
 from flagscale.runner.launch.procs import KEPT, find_descendants, find_ours, list_procs
-from flagscale.runner.launch.reach import Links, Reply, pack_errand
+from flagscale.runner.launch.reach import Links, Reply, pack_archive, pack_request, read_reply
 from flagscale.runner.plan.job import HostPlan, JobPlan, decode_plan, encode_plan
 from flagscale.runner.render.script import render_script
 
@@ -234,9 +234,9 @@ def test_errands_of_ray_answer_from_their_archive() -> None:
     assert "fault" in ray_errands.ports({"num": 1, "head": "no.such.host"})
     links = Links((), module="ray_errands")
     words = [sys.executable, *links.flags, "-c", links.boot]
-    packed = pack_errand(build_archive(RAY_ERRANDS), "versions", {})
+    packed = pack_archive(build_archive(RAY_ERRANDS)) + pack_request("versions", {})
     done = subprocess.run(words, input=packed, capture_output=True, timeout=60, check=True, cwd="/")
-    assert json.loads(done.stdout) == ray_errands.versions({})
+    assert read_reply(words, 0, done.stdout.decode(), "").answer == ray_errands.versions({})
 
 
 # --- who is below whom -----------------------------------------------------------------------------------------------

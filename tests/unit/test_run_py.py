@@ -42,6 +42,15 @@ def test_a_dry_run_prints_and_touches_nothing(config: Path, here: Path) -> None:
     assert list(here.iterdir()) == []
 
 
+def test_the_verb_that_starts_jobs_heeds_an_action_that_is_named(config: Path, here: Path) -> None:
+    """Whoever types `action=dryrun` wants nothing to start."""
+    code = "import sys; from flagscale.cli import main; sys.exit(main())"
+    done = run_python("-c", code, "run", str(config), "action=dryrun", cwd=here)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("# demo: train with megatron on 1 host(s), 2 ranks\n")
+    assert list(here.iterdir()) == []
+
+
 def test_the_config_path_is_relative_to_run_py_and_the_rest_to_the_folder(config: Path, here: Path) -> None:
     (here / "hosts").write_text("a slots=2\nb slots=2\n")
     words = ("--config-path", os.path.relpath(config.parent, ROOT), "--config-name", "exp")

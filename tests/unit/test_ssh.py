@@ -19,7 +19,7 @@ from flagscale.errors import ConfigError, LaunchError, RunError, UserError
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.launch import errands, procs, reach
 from flagscale.runner.launch.archive import ERRANDS, build_archive
-from flagscale.runner.launch.connection import LinkError, open_connection
+from flagscale.runner.launch.connection import LinkError, ProgramEndedError, open_connection
 from flagscale.runner.launch.folder import Remote, RunRef, find_neighbour, list_remotes, load_ref, ref_of
 from flagscale.runner.launch.record import Answer, HostRecord, order_by_cause
 from flagscale.runner.launch.ssh import Ready, check_hosts, describe_faults
@@ -397,6 +397,7 @@ def test_a_container_is_entered_on_every_host_and_has_its_own_path(tmp_path: Pat
     [
         ("Error response from daemon: No such container: box", "has no running container `box`"),
         ("bash: line 1: docker: command not found", "cannot run `docker`: bash"),
+        ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", "cannot run `docker`: Cannot connect"),
         ("OCI runtime exec failed: exec: python3: not found: docker", "has no python3 in its container `box`"),
     ],
 )
@@ -412,6 +413,68 @@ def test_a_command_of_this_machine_is_a_connection_too() -> None:
     with pytest.raises(LinkError, match="no answer within"):
         link.run(["sleep", "100"], b"", 0.1)
     link.close()
+
+
+def test_a_program_is_asked_until_it_ends() -> None:
+    link = open_connection(Remote("l", "localhost", None, None, "p", client="local"), False, 1.0)
+    dialog = link.start(["cat"])
+    long = b"x" * (1 << 20) + b"\n"  # more than a pipe holds
+    assert [dialog.ask(text, 10) + b"\n" for text in (b"1\n", long, b"2\n")] == [b"1\n", long, b"2\n"]
+    assert dialog.ask(b"3\n4\n", 10) == b"3"
+    assert dialog.ask(b"", 10) == b"4"
+    with pytest.raises(LinkError, match=r"this machine.*|no answer within 0\.1 s"):
+        dialog.ask(b"no end of line", 0.1)
+    dialog.close()
+    dialog.close()
+    for words, code, err in (
+        (["sh", "-c", "echo why >&2; exit 3"], 3, b"why\n"),
+        (["sh", "-c", "exec < /dev/null; sleep 0.1; exit 4"], 4, b""),
+    ):
+        asked = link.start(words)
+        with pytest.raises(ProgramEndedError) as ended:
+            asked.ask(long, 10)
+        assert (ended.value.code, ended.value.err) == (code, err)
+        asked.close()
+    with pytest.raises(ProgramEndedError, match="127"):
+        link.start(["nosuchprogram"])
+
+
+def test_a_host_is_asked_by_one_python_and_by_another_when_that_has_ended(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho x >> {started}\necho Welcome; printf to:\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    request = {"l": {"machine": "elsewhere", "pids": [], "token": "nobody's"}}
+    with reach.Links([Remote("l", "localhost", None, None, str(python), client="local")]) as links:
+        answers = [links.call("ask", request)["l"] for _ in range(3)]
+        assert answers == [reach.Reply({"is_watched": False, "num_left": 0})] * 3
+        assert started.read_text() == "x\n"
+        assert "KeyError: 'nosucherrand'" in (links.call("nosucherrand", request)["l"].fault or "")
+        assert links.call("ask", request)["l"].answer["num_left"] == 0
+        assert started.read_text() == "x\nx\n"
+        python.write_text("#!/bin/sh\nsleep 100\n")
+        links.dialogs.pop("l").close()
+        assert "no answer within 0.3 s" in (links.call("ask", request, 0.3)["l"].fault or "")
+        assert (links.dialogs, links.open) == ({}, {})
+
+
+def test_known_hosts_are_read_once_and_anew_when_they_have_changed(tmp_path: Path) -> None:
+    paramiko = pytest.importorskip("paramiko")
+    from flagscale.runner.launch.link import _find_keys, _load_known_hosts
+
+    path = tmp_path / "known_hosts"
+    assert _find_keys(path, "a") == {}
+    keys = [paramiko.ECDSAKey.generate() for _ in range(2)]
+    lines = [f"{name} {key.get_name()} {key.get_base64()}\n" for name, key in zip(("a", "[b]:7"), keys, strict=True)]
+    path.write_text(lines[0])
+    _load_known_hosts.cache_clear()
+    for _ in range(3):
+        assert _find_keys(path, "a") == {keys[0].get_name(): keys[0]}
+        assert _find_keys(path, "[b]:7") == {}
+    assert _load_known_hosts.cache_info().misses == 1
+    with path.open("a") as file:
+        file.write(lines[1])
+    assert _find_keys(path, "[b]:7") == {keys[1].get_name(): keys[1]}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user needs root")

@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from flagscale.runner.launch import procs
 from flagscale.runner.launch.journal import Spec, load_spec
@@ -29,6 +30,7 @@ from flagscale.runner.launch.watch import SIGNALS, Watch
 def guard(spec: Spec, secrets: dict[str, str], ready: int) -> None:
     """Wait for the agent, pass on what is asked of it, and take its place if it dies."""
     procs.set_process_option(procs.PR_SET_CHILD_SUBREAPER, 1)
+    name_process("flagscale-guard")
     guard_pid = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -53,6 +55,7 @@ def run_agent(spec: Spec, secrets: dict[str, str], ready: int, guard_pid: int) -
     try:
         procs.set_process_option(procs.PR_SET_CHILD_SUBREAPER, 1)
         procs.set_process_option(procs.PR_SET_PDEATHSIG, signal.SIGUSR2)
+        name_process("flagscale-agent")
         watch = Watch(spec, secrets, os.getpid(), guard_pid)
         watch.start()
         with contextlib.suppress(OSError):  # who asked may have been killed meanwhile; the job runs on
@@ -65,6 +68,12 @@ def run_agent(spec: Spec, secrets: dict[str, str], ready: int, guard_pid: int) -
     return 0
 
 
+def name_process(name: str) -> None:
+    """What `ps -e` and `top` show; its command line is that of whoever started it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
 def leave_terminal(spec: Spec) -> None:
     """A session of our own, and no descriptor shared with whoever started us."""
     os.setsid()
@@ -75,29 +84,39 @@ def leave_terminal(spec: Spec) -> None:
     os.chdir("/")
 
 
-def main(argv: list[str]) -> int:
-    spec = load_spec(Path(argv[1]))
-    secrets: dict[str, str] = json.loads(sys.stdin.readline() or "{}")
-    os.environ.pop(procs.TOKEN, None)  # that of an outer job, if this one is started from within it
+def start_agent(spec: Spec, secrets: dict[str, str]) -> dict[str, Any] | None:
+    """Leave guard and agent behind; their numbers once the job's processes are started, None where they are not."""
+    if spec.meet_port:
+        import flagscale.runner.launch.wire  # noqa: F401 the guard may need it when its file is gone
     told, ready = os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if os.fork() == 0:
         try:
             os.close(told)
+            os.environ.pop(procs.TOKEN, None)  # that of an outer job, if this one is started from within it
             leave_terminal(spec)
             guard(spec, secrets, ready)
         except Exception:  # nobody is left to raise to
             sys.excepthook(*sys.exc_info())
             os._exit(1)
         os._exit(0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.close(ready)
     with os.fdopen(told, "rb") as file:
         line = file.readline()
-    if not line:
-        sys.stderr.write(f"the agent of {spec.label} did not start; see {spec.agent_log}\n")
-        return 1
-    sys.stdout.write(line.decode())
-    return 0
+    numbers: dict[str, Any] | None = json.loads(line) if line else None
+    return numbers
+
+
+def describe_failed_start(spec: Spec) -> str:
+    return f"the agent of {spec.label} did not start; see {spec.agent_log}"
+
+
+def main(argv: list[str]) -> int:
+    spec = load_spec(Path(argv[1]))
+    numbers = start_agent(spec, json.loads(sys.stdin.readline() or "{}"))
+    print(json.dumps(numbers) if numbers else describe_failed_start(spec), file=sys.stdout if numbers else sys.stderr)
+    return 0 if numbers else 1
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ AGENT = tuple(
     for name in ("agent", "journal", "network", "notice", "peers", "place", "procs", "stacks", "watch", "wire")
 )
 KEEPER = tuple(f"runner/launch/{name}.py" for name in ("keeper", "journal", "network", "place", "ports", "procs"))
-_OF_LAUNCH = ("capacity", "checks", "errands", "files", "journal", "notice", "ports", "procs", "sources")
+_OF_LAUNCH = ("capacity", "checks", "errands", "files", "ports", "sources")
 ERRANDS = (
+    *AGENT,
     "errors.py",
     *(f"chips/{name}.py" for name in ("__init__", "ids", "parsers", "probe", "records")),
     *(f"patch/{name}.py" for name in ("state", "tree", "upstream")),
@@ -30,13 +31,23 @@ ERRANDS = (
 )
 SURVEY = (
     *ERRANDS,
-    *(f"runner/launch/{name}.py" for name in ("network", "survey")),
+    "runner/launch/survey.py",
 )
 """what `flagscale check` sends along"""
+LIGHT = ("runner/launch/light.py", "dataclasses.py")
+"""what is carried in place of a module of the standard library, and as which"""
 RAY_ERRANDS = (*ERRANDS, *(f"runner/launch/{name}.py" for name in ("ray_errands", "ray_place")))
 _ROOT = Path(__file__).resolve().parents[2]
 _MAINS = {AGENT: "agent", KEEPER: "keeper"}
-_MAIN = "import sys\n\nfrom flagscale.runner.launch.{} import main\n\nsys.exit(main(sys.argv))\n"
+_MAIN = """\
+import gc, sys
+
+gc.disable()
+from flagscale.runner.launch.{} import main
+
+gc.enable()
+sys.exit(main(sys.argv))
+"""
 _UNCHECKED = 0b01
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -49,12 +60,18 @@ def build_archive(files: tuple[str, ...] = AGENT) -> bytes:
         folder = Path("flagscale", file).parent
         members |= {str(parent / "__init__.py"): b"" for parent in (folder, *folder.parents) if parent.name}
     for file in files:
-        members |= {f"flagscale/{file}": (_ROOT / file).read_bytes(), f"flagscale/{file}c": _compile(_ROOT / file)}
+        members |= _carry(_ROOT / file, f"flagscale/{file}")
+    if files != RAY_ERRANDS:  # Ray needs the whole of it
+        members |= _carry(_ROOT / LIGHT[0], LIGHT[1])
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
+
+
+def _carry(path: Path, name: str) -> dict[str, bytes]:
+    return {name: path.read_bytes(), f"{name}c": _compile(path)}
 
 
 def _compile(path: Path) -> bytes:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flagscale.chips.records import find_chip
 from flagscale.runner.plan.job import HostPlan, JobPlan
 
 if TYPE_CHECKING:
     from flagscale.chips.probe import Probe
+    from flagscale.chips.records import Chip
 
 LEAST_FREE_BYTES = 64 << 20
 """for scripts, journals and the first lines of a log; what a job itself writes only its user knows"""
@@ -39,6 +39,12 @@ def _probe() -> "Probe":
     return probe_host()
 
 
+def _find_chip(name: str) -> "Chip | None":
+    from flagscale.chips.records import find_chip  # hosts without a `type=` need not load it either
+
+    return find_chip(name)
+
+
 def weigh_chips(host: HostPlan, probe: "Callable[[], Probe]" = _probe) -> tuple[str | None, str | None]:
     """(fault, note) on the ranks of a host and the chips that are seen there.
 
@@ -46,7 +52,7 @@ def weigh_chips(host: HostPlan, probe: "Callable[[], Probe]" = _probe) -> tuple[
     be said to be so.
     """
     num_ranks = sum(process.num_ranks for process in host.processes)
-    wanted = find_chip(host.host.chip) if host.host.chip else None
+    wanted = _find_chip(host.host.chip) if host.host.chip else None
     if not num_ranks or (wanted is not None and wanted.device == "cpu"):
         return None, None
     found = probe()

@@ -1,9 +1,7 @@
 """What can be found wrong before anything is written: hosts, secrets, programs, ports."""
 
-import importlib.util
 import os
 import secrets as random_words
-import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -50,7 +48,11 @@ def _search_path(process: ProcessSpec, env: Mapping[str, str]) -> str:
 def find_program(process: ProcessSpec, env: Mapping[str, str]) -> str | None:
     """The path of a process's program, by the PATH that it will have; None where there is none of that name."""
     name = str(process.argv[0])
-    return str(Path(process.cwd, name)) if "/" in name else shutil.which(name, path=_search_path(process, env))
+    if "/" in name:
+        return str(Path(process.cwd, name))
+    import shutil  # here and below: half a host's start-up time is what it imports
+
+    return shutil.which(name, path=_search_path(process, env))
 
 
 def _find_program_fault(process: ProcessSpec, env: Mapping[str, str]) -> str | None:
@@ -72,7 +74,9 @@ def _has_module(name: str) -> bool:
         import site
 
         site.main()
-    return importlib.util.find_spec(name) is not None
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
 
 
 def _find_faults(host: HostPlan, process: ProcessSpec, env: Mapping[str, str]) -> Iterator[str]:

@@ -1,10 +1,13 @@
 """What a launcher asks of a host over SSH, answered there: standard library, sent along with each question.
 
-The launcher sends an archive of the few files that are needed and one line of JSON; Python on the host reads both from
-its standard input, keeps the archive in memory, and prints one line of JSON. Nothing is installed, nothing stays but
-what `place` was given, and the host's answers come from the same code that checks this machine.
+The launcher sends an archive of the few files that are needed, and then questions, a line of JSON each; Python on the
+host reads them from its standard input, keeps the archive in memory, and answers each with a line of JSON. Starting it
+is most of what an errand costs, so it stays as long as the launcher does. Nothing is installed, nothing stays but what
+`place` was given and the agent that `start` becomes, and the host's answers come from the same code that checks this
+machine.
 
     check    plan nonce_path nonce is_head known_run patches -> faults [[kind, text]..], notes, port, is_shared
+    start    spec secrets                            -> agent, guard, or fault
     ask      machine pids token                      -> is_watched, num_left
     end      machine pids signum notice              -> {}
     owner    machine pids                            -> owner, who alone may end the run's processes, or null
@@ -33,6 +36,7 @@ from typing import Any
 
 from flagscale.errors import FlagScaleError, UserError
 from flagscale.runner.launch import procs
+from flagscale.runner.launch.agent import describe_failed_start, start_agent
 from flagscale.runner.launch.capacity import find_disk_faults, nearest_folder, weigh_chips
 from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port
 from flagscale.runner.launch.files import NewFile, Written, write_all
@@ -42,12 +46,18 @@ from flagscale.runner.plan.job import JobPlan, decode_plan
 
 TAIL_BYTES = 1 << 14
 CHUNK_BYTES = 1 << 22
+ANSWER = "flagscale answers: "
+"""goes before each answer: what a login shell or a site's packages print at their start is none"""
 BOOT = (
     "import os,sys;sys.version_info<(3,11)and sys.exit('Python '+sys.version.split()[0]+' is too old, 3.11 is needed');"
     "i=sys.stdin.buffer;n=int(i.readline());f=os.memfd_create('flagscale');os.write(f,i.read(n));"
-    "sys.path.insert(0,'/proc/self/fd/%d'%f);from flagscale.runner.launch.{module} import main;main()"
+    "sys.path.insert(0,'/proc/self/fd/%d'%f);import gc;gc.disable();"
+    "from flagscale.runner.launch.{module} import main;gc.enable();main()"
 )
-"""One line, for the module of the errand, without what any login shell would change between single quotes."""
+"""One line, for the module of the errand, without what any login shell would change between single quotes.
+
+While modules are loaded nothing becomes garbage, and looking for some would be a tenth of the start.
+"""
 
 
 def _find_unshared(request: dict[str, Any], plan: JobPlan) -> str | None:
@@ -144,6 +154,12 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         except FlagScaleError as error:
             faults.append(("launch", str(error)))
     return {"faults": faults, "notes": [note] if note else [], "port": port, "is_shared": not unshared}
+
+
+def start(request: dict[str, Any]) -> dict[str, Any]:
+    """Leave an agent here, which starts this host's part of the job."""
+    spec = load_spec(Path(request["spec"]))
+    return start_agent(spec, request["secrets"]) or {"fault": describe_failed_start(spec)}
 
 
 def _list_watchers(events: tuple[dict[str, Any], ...]) -> list[tuple[int, int]]:
@@ -249,15 +265,17 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
 
 
 ERRANDS = {
-    function.__name__: function for function in (check, ask, end, owner, clean, place, unplace, report, read, ranks)
+    function.__name__: function
+    for function in (check, start, ask, end, owner, clean, place, unplace, report, read, ranks)
 }
 
 
-def answer_errand(errands: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
-    request = json.loads(sys.stdin.buffer.readline())
-    answer = errands[request["errand"]](request)
-    print(json.dumps(answer), flush=True)
+def answer_errands(errands: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+    """One line of JSON for each, until there are no more."""
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        print(ANSWER + json.dumps(errands[request["errand"]](request)), flush=True)
 
 
 def main() -> None:
-    answer_errand(ERRANDS)
+    answer_errands(ERRANDS)

@@ -294,7 +294,7 @@ def list_away_files(
     plan: JobPlan, host: HostPlan, values: Mapping[LaunchName, str], written: Sequence[NewFile]
 ) -> list[NewFile]:
     """What a host with a folder of its own is sent, of `written` here what it needs too."""
-    names = ("agent.pyz", "current", f"{host.label}.spec.json")
+    names = ("current", f"{host.label}.spec.json")
     return [*(file for file in written if file.path.name in names), *_list_host_files(plan, host, values)]
 
 

@@ -30,6 +30,8 @@ from flagscale.runner.launch.procs import signal_name
 LAST_WORD_LIMIT_S = 30.0
 """How long the last event is tried again on a disk that takes nothing."""
 
+FULL_BYTES = 1 << 20
+
 Outcome = Literal["succeeded", "failed", "stopped", "lost"]
 
 
@@ -155,6 +157,16 @@ def write_small(path: str, text: str) -> None:
     with contextlib.suppress(OSError):
         Path(draft).write_text(text)
         Path(draft).replace(path)
+
+
+def find_full_disk(spec: Spec) -> str | None:
+    """A folder of the job's outputs whose disk takes nothing more, which is then why the job failed."""
+    for folder in dict.fromkeys(str(Path(name).parent) for name in (spec.events, spec.output)):
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(folder)
+            if disk.f_bavail * disk.f_frsize < FULL_BYTES:
+                return folder
+    return None
 
 
 def read_tail(path: Path, start: int = 0, end: int | None = None, window: int = 1 << 18) -> str:

@@ -9,6 +9,7 @@ Imported by who needs a connection, and no sooner: Paramiko takes a quarter of a
 """
 
 import contextlib
+import functools
 import getpass
 import logging
 import shlex
@@ -22,7 +23,9 @@ from typing import Any
 import paramiko
 
 from flagscale.runner.launch.connection import (
+    Dialog,
     LinkError,
+    ProgramEndedError,
     describe_break,
     describe_changed_key,
     describe_refusal,
@@ -34,8 +37,9 @@ from flagscale.runner.launch.connection import (
 from flagscale.runner.launch.folder import SSH_PORT, Remote
 
 KEEPALIVE_S = 15
+OPEN_LIMIT_S = 10.0
 _SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
-_WRITING = threading.Lock()
+_WRITING, _READING = threading.Lock(), threading.Lock()
 
 
 class _UnknownKeyError(paramiko.SSHException):
@@ -93,6 +97,23 @@ def _through_jump(jump: str, target: str) -> str:
     return shlex.join(["ssh", *before, "-W", target, last if "://" in last else f"ssh://{last}"])
 
 
+def _find_keys(path: Path, name: str) -> dict[str, paramiko.PKey]:
+    """Kind -> key of a host in a file of known hosts, which need not be there."""
+    try:
+        stat = path.stat()
+        with _READING:
+            known = _load_known_hosts(path, stat.st_mtime_ns, stat.st_size)
+    except OSError:
+        return {}
+    return dict(known.lookup(name) or {})
+
+
+@functools.lru_cache(4)
+def _load_known_hosts(path: Path, _mtime_ns: int, _size: int) -> paramiko.HostKeys:
+    """Read once as long as it stays as it is: a thousand hosts have a thousand lines, and each host needs one."""
+    return paramiko.HostKeys(str(path))
+
+
 class _KeyPolicy(paramiko.MissingHostKeyPolicy):
     """Refuse an unknown key, or remember it by one line at the end of the file: the other lines stay as they are."""
 
@@ -140,9 +161,10 @@ class Link:
         self.remote = remote
         self.route = route = find_route(remote)
         self.client = paramiko.SSHClient()
+        name = route.hostname if route.port == SSH_PORT else f"[{route.hostname}]:{route.port}"
         for path in (_SYSTEM_KNOWN_HOSTS, route.known_hosts):
-            with contextlib.suppress(OSError):  # neither need be there
-                self.client.load_system_host_keys(str(path))
+            for kind, key in _find_keys(path, name).items():
+                self.client.get_host_keys().add(name, kind, key)
         self.client.set_missing_host_key_policy(_KeyPolicy(route.known_hosts, accept_new))
         keys: Any = list(route.key_files) or None
         try:
@@ -162,6 +184,17 @@ class Link:
             raise LinkError(_explain(error, remote, route, timeout_s)) from None
         if transport := self.client.get_transport():
             transport.set_keepalive(KEEPALIVE_S)
+
+    def start(self, words: list[str]) -> Dialog:
+        try:
+            transport = self.client.get_transport()
+            if transport is None:
+                raise EOFError("the connection is closed")
+            channel = transport.open_session(timeout=OPEN_LIMIT_S)
+            channel.exec_command(shlex.join(words))
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise LinkError(describe_break(str(error) or "broke off", str(self.route))) from None
+        return ChannelDialog(channel, str(self.route))
 
     def run(self, words: list[str], text: bytes, limit_s: float) -> tuple[int, bytes, bytes]:
         """Exit code, output and errors of a command; `text` is its input. Its words arrive as they are."""
@@ -187,6 +220,43 @@ class Link:
 
     def close(self) -> None:
         self.client.close()
+
+
+class ChannelDialog:
+    """A dialog through one channel of a connection, which it owns."""
+
+    def __init__(self, channel: paramiko.Channel, route: str) -> None:
+        self.channel, self.route = channel, route
+        self.said = bytearray()
+
+    def ask(self, text: bytes, limit_s: float) -> bytes:
+        deadline = time.monotonic() + limit_s
+        try:
+            self.channel.settimeout(limit_s)
+            with contextlib.suppress(OSError):  # of a program that has ended is said how
+                self.channel.sendall(text)
+            while (end := self.said.find(b"\n")) < 0:
+                self.channel.settimeout(max(0.01, deadline - time.monotonic()))
+                chunk = self.channel.recv(1 << 16)
+                if not chunk:
+                    raise self._explain_end()
+                self.said += chunk
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            how = f"no answer within {limit_s:g} s" if isinstance(error, TimeoutError) else str(error) or "broke off"
+            raise LinkError(describe_break(how, self.route)) from None
+        line = bytes(self.said[:end])
+        del self.said[: end + 1]
+        return line
+
+    def _explain_end(self) -> Exception:
+        err = bytearray()
+        while more := self.channel.recv_stderr(1 << 16):
+            err += more
+        code = self.channel.recv_exit_status()
+        return ProgramEndedError(code, bytes(err)) if code >= 0 else EOFError("the connection was closed")
+
+    def close(self) -> None:
+        self.channel.close()
 
 
 def _drain(channel: paramiko.Channel, out: bytearray, err: bytearray) -> bool:

@@ -16,7 +16,10 @@ import time
 from pathlib import Path
 
 from flagscale.runner.launch.connection import (
+    CLOSE_S,
+    Dialog,
     LinkError,
+    PipeDialog,
     describe_break,
     describe_changed_key,
     describe_refusal,
@@ -28,7 +31,6 @@ from flagscale.runner.launch.connection import (
 from flagscale.runner.launch.folder import Remote
 
 KEEPALIVE_S = 15
-CLOSE_S = 5.0
 FAILED = 255
 """the exit code of `ssh` itself; no errand of ours has it"""
 
@@ -109,9 +111,14 @@ class OpenSSH:
         with contextlib.suppress(BrokenPipeError):
             self.master.stdin.write(b"\n")
             self.master.stdin.flush()
-            ready, _, _ = select.select([self.master.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            poll = select.poll()
+            poll.register(self.master.stdout, select.POLLIN)
+            ready = poll.poll(1000 * max(0.0, deadline - time.monotonic()))
             return bool(ready) and bool(os.read(self.master.stdout.fileno(), 1))
         return False
+
+    def start(self, words: list[str]) -> Dialog:
+        return PipeDialog([*self.words, shlex.join(words)], str(self.remote), self.env, FAILED)
 
     def run(self, words: list[str], text: bytes, limit_s: float) -> tuple[int, bytes, bytes]:
         """Exit code, output and errors of a command; `text` is its input. Its words arrive as they are."""

@@ -13,11 +13,14 @@ be seen; in return it needs no connection between hosts and no living launcher. 
 import contextlib
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flagscale.runner.launch.journal import Spec
 from flagscale.runner.launch.notice import Notice, load_notice, write_notice
 from flagscale.runner.launch.place import find_lost_place
-from flagscale.runner.launch.wire import Wire
+
+if TYPE_CHECKING:
+    from flagscale.runner.launch.wire import Wire
 
 SILENCE_BEATS = 12
 """A neighbour whose heartbeat stands still for so many of them is gone: a minute at 5 s each."""
@@ -30,13 +33,21 @@ def _modified(path: Path) -> int | None:
         return None
 
 
+def _open_wire(spec: Spec) -> "Wire | None":
+    if not spec.meet_port:
+        return None
+    from flagscale.runner.launch.wire import Wire  # loads OpenSSL, which hosts with a shared folder need not
+
+    return Wire(spec)
+
+
 class Peers:
     """One agent's view of the others. Where the spec names no neighbour it ends no others, and misses none."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.path = Path(spec.ending) if spec.ending else None
-        self.wire = Wire(spec) if spec.meet_port else None
+        self.wire = _open_wire(spec)
         self.known: Notice | None = None  # of a disk that takes nothing
         self.next_look = 0.0
         self.seen: dict[str, tuple[int | None, float]] = {}

@@ -1,9 +1,12 @@
 """Free ports on this machine, and who holds one that is not free."""
 
 import contextlib
-import random
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import random
 
 CHOICE = range(20000, 32768)
 """Below where Linux takes the ports of outgoing connections from, so that none takes ours before the job binds it."""
@@ -28,8 +31,10 @@ def is_port_free(port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> boo
     return True
 
 
-def find_free_port(draw: random.Random | None = None) -> int | None:
+def find_free_port(draw: "random.Random | None" = None) -> int | None:
     """A port that was free a moment ago, by TCP and by UDP; None where 200 draws found none."""
+    import random
+
     source = draw or random.SystemRandom()
     ports = (source.choice(CHOICE) for _ in range(NUM_TRIES))
     return next((port for port in ports if is_port_free(port) and is_port_free(port, socket.SOCK_DGRAM)), None)

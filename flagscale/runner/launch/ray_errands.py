@@ -10,7 +10,7 @@ import socket
 from importlib import metadata
 from typing import Any
 
-from flagscale.runner.launch.errands import ERRANDS, answer_errand
+from flagscale.runner.launch.errands import ERRANDS, answer_errands
 from flagscale.runner.launch.ports import find_free_port
 
 
@@ -39,4 +39,4 @@ def ports(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     from flagscale.runner.launch.ray_place import act
 
-    answer_errand({**ERRANDS, "versions": versions, "ports": ports, "ray": lambda request: act(request)})
+    answer_errands({**ERRANDS, "versions": versions, "ports": ports, "ray": lambda request: act(request)})

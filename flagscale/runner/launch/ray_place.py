@@ -210,17 +210,35 @@ def _connect(request: Mapping[str, Any]) -> None:
     import ray
 
     deadline = time.monotonic() + request["connect_s"]
-    _wait_for_port(request["address"], deadline)
+    _wait_for_port(_find_own() if request["address"] == "auto" else request["address"], deadline)
     while True:
         try:
             ray.init(address=request["address"], namespace=NAMESPACE, log_to_driver=False, logging_level="CRITICAL")
             return
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             if "ersion mismatch" in str(error) or time.monotonic() > deadline:
-                raise PlaceError(
-                    f"the Ray cluster at {request['address']} cannot be joined: {_explain(error)}"
-                ) from None
+                raise PlaceError(_explain_absence(request["address"], error)) from None
         time.sleep(0.5)
+
+
+def _find_own() -> str:
+    """The cluster that `auto` means to Ray, as far as Ray has noted it; it may be long gone."""
+    import tempfile
+
+    noted = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")
+    with contextlib.suppress(OSError):
+        found = os.environ.get("RAY_ADDRESS") or noted.read_text().strip()
+        return found if "://" not in found else "auto"
+    return "auto"
+
+
+def _explain_absence(address: str, error: Exception) -> str:
+    if address == "auto" and isinstance(error, ConnectionError):
+        return (
+            "no Ray cluster runs here (`experiment.runner.ray_address: auto`); start one by `ray start --head`, name "
+            "one as host:port, or leave `ray_address` out for a cluster of the run's own"
+        )
+    return f"the Ray cluster at {address} cannot be joined: {_explain(error)}"
 
 
 def _wait_for_port(address: str, deadline: float) -> None:

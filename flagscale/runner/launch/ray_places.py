@@ -16,7 +16,7 @@ from flagscale.errors import LaunchError
 from flagscale.runner.launch.archive import RAY_ERRANDS, build_archive
 from flagscale.runner.launch.errands import BOOT
 from flagscale.runner.launch.folder import Remote
-from flagscale.runner.launch.reach import ASK_LIMIT_S, Links, Reply, pack_errand, read_reply
+from flagscale.runner.launch.reach import ASK_LIMIT_S, Links, Reply, pack_archive, pack_request, read_reply
 from flagscale.runner.plan.job import HostPlan
 
 MARGIN_S = 60.0
@@ -49,7 +49,7 @@ class Door:
             "env": dict(self.env),
             "connect_s": self.connect_s,
         }
-        text = pack_errand(build_archive(RAY_ERRANDS), "ray", {**row, **request})
+        text = pack_archive(build_archive(RAY_ERRANDS)) + pack_request("ray", {**row, **request})
         words = [self.remote.python if self.remote else sys.executable, "-I", "-c", BOOT.format(module="ray_errands")]
         limit_s += self.connect_s + MARGIN_S
         if self.remote is not None:
@@ -67,7 +67,9 @@ def _run_here(words: list[str], text: bytes, limit_s: float) -> Reply:
         done = subprocess.run(
             words, input=text, capture_output=True, timeout=limit_s, check=False, cwd="/", start_new_session=True
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return Reply({}, f"no answer within {limit_s:g} s")
+    except OSError as error:
         return Reply({}, str(error))
     return read_reply(
         words, done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
@@ -109,7 +111,7 @@ class PlaceLinks(Links):
         packed = {
             label: (
                 [self.remotes[label].python, *self.flags, "-c", self.boot],
-                pack_errand(self.archive, errand, request),
+                pack_archive(self.archive) + pack_request(errand, request),
             )
             for label, request in requests.items()
         }

@@ -17,8 +17,15 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from flagscale.runner.launch.archive import ERRANDS, RAY_ERRANDS, SURVEY, build_archive
-from flagscale.runner.launch.connection import Connection, LinkError, open_connection
-from flagscale.runner.launch.errands import BOOT
+from flagscale.runner.launch.connection import (
+    MISSING,
+    Connection,
+    Dialog,
+    LinkError,
+    ProgramEndedError,
+    open_connection,
+)
+from flagscale.runner.launch.errands import ANSWER, BOOT
 from flagscale.runner.launch.folder import Remote, RunRef
 from flagscale.runner.launch.mirror import fetch_reports, find_away
 from flagscale.runner.launch.notice import Notice, load_notice
@@ -34,10 +41,10 @@ CUT_OFF_AFTER_S = 30.0
 MOST_THREADS = 64
 ASK_AWAY_EVERY_S = 2.0
 """Of hosts whose journals have to be fetched."""
-_OF_DOCKER = "Error response from daemon"
+_OF_DOCKER = ("Error response from daemon", "Cannot connect to the Docker daemon")
 Result = TypeVar("Result")
 _ARCHIVES = {"errands": ERRANDS, "survey": SURVEY, "ray_errands": RAY_ERRANDS}
-_MISSING = (126, 127)
+_MISSING = (126, MISSING)
 """exit codes of a shell that cannot run a program"""
 
 
@@ -49,13 +56,20 @@ class Reply:
     fault: str | None = None
 
 
-def pack_errand(archive: bytes, errand: str, request: Mapping[str, Any]) -> bytes:
-    """What `errands.BOOT` reads on a host."""
-    return f"{len(archive)}\n".encode() + archive + json.dumps({"errand": errand, **request}).encode() + b"\n"
+def pack_archive(archive: bytes) -> bytes:
+    """What `errands.BOOT` reads first on a host."""
+    return f"{len(archive)}\n".encode() + archive
+
+
+def pack_request(errand: str, request: Mapping[str, Any]) -> bytes:
+    """What it reads then, as often as it comes."""
+    return json.dumps({"errand": errand, **request}).encode() + b"\n"
 
 
 class Links:
     """Open connections to some hosts; owns them, and closes them at the end of a `with`.
+
+    A host's Python is started for the first errand, and answers the later ones too.
 
     module: whose errands are sent along
     """
@@ -71,6 +85,8 @@ class Links:
         self.accept_new = accept_new
         self.limit_s = limit_s
         self.open: dict[str, Connection] = {}
+        self.dialogs: dict[str, Dialog] = {}
+        self.locks = {label: threading.Lock() for label in self.remotes}
         self.module = module
         self.flags = ["-I"] if module == "ray_errands" else ["-I", "-S"]  # Ray is no part of the standard library
         self.boot = BOOT.format(module=module)
@@ -86,20 +102,19 @@ class Links:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for link in self.open.values():
-            link.close()
-        self.open.clear()
+        for label in list(self.open):
+            self._close(label)
 
     def call(
         self, errand: str, requests: Mapping[str, Mapping[str, Any]], limit_s: float = ASK_LIMIT_S
     ) -> dict[str, Reply]:
         """Run an errand on each host that `requests` names, all at once."""
 
-        def run(label: str) -> Reply:
-            words = [self.remotes[label].python, *self.flags, "-c", self.boot]
-            return self._run(label, words, pack_errand(self.archive, errand, requests[label]), limit_s)
+        def ask(label: str) -> Reply:
+            with self.locks[label]:
+                return self._ask(label, pack_request(errand, requests[label]), limit_s)
 
-        return self.each(requests, run)
+        return self.each(requests, ask)
 
     def run_all(self, commands: Mapping[str, tuple[list[str], bytes]], limit_s: float) -> dict[str, Reply]:
         """Run a command that answers with a line of JSON on each host, all at once."""
@@ -113,19 +128,46 @@ class Links:
         with ThreadPoolExecutor(min(MOST_THREADS, len(names))) as pool:
             return dict(zip(names, pool.map(run, names), strict=True))
 
+    def _connect(self, label: str) -> Connection:
+        if label not in self.open:
+            self.open[label] = open_connection(self.remotes[label], self.accept_new, self.limit_s)
+        return self.open[label]
+
+    def _close(self, label: str) -> None:
+        for owned in (self.dialogs.pop(label, None), self.open.pop(label, None)):
+            if owned is not None:
+                owned.close()
+
+    def _ask(self, label: str, text: bytes, limit_s: float) -> Reply:
+        words = [self.remotes[label].python, *self.flags, "-c", self.boot, label]  # so that `ps` shows whose it is
+        try:
+            if label not in self.dialogs:
+                self.dialogs[label] = self._connect(label).start(self.remotes[label].enter(words))
+                text = pack_archive(self.archive) + text
+            line = self.dialogs[label].ask(text, limit_s).decode(errors="replace")
+            while ANSWER not in line:
+                line = self.dialogs[label].ask(b"", limit_s).decode(errors="replace")
+            return Reply(json.loads(line.partition(ANSWER)[2]))
+        except LinkError as error:
+            self._close(label)
+            return Reply({}, str(error))
+        except ProgramEndedError as ended:
+            if dialog := self.dialogs.pop(label, None):
+                dialog.close()
+            return self._read(label, words, ended.code, "", ended.err.decode(errors="replace").strip())
+
     def _run(self, label: str, words: list[str], text: bytes, limit_s: float) -> Reply:
         try:
-            if label not in self.open:
-                self.open[label] = open_connection(self.remotes[label], self.accept_new, self.limit_s)
-            code, out, err = self.open[label].run(self.remotes[label].enter(words), text, limit_s)
+            code, out, err = self._connect(label).run(self.remotes[label].enter(words), text, limit_s)
         except LinkError as error:
-            if broken := self.open.pop(label, None):
-                broken.close()
+            self._close(label)
             return Reply({}, str(error))
-        said = err.decode(errors="replace").strip()
-        if code in _MISSING or (code == 1 and _OF_DOCKER in said):
-            return Reply({}, _explain_missing(self.remotes[label], said))
-        return read_reply(words, code, out.decode(errors="replace"), said)
+        return self._read(label, words, code, out.decode(errors="replace"), err.decode(errors="replace").strip())
+
+    def _read(self, label: str, words: Sequence[str], code: int, out: str, err: str) -> Reply:
+        if code in _MISSING or (code == 1 and any(text in err for text in _OF_DOCKER)):
+            return Reply({}, _explain_missing(self.remotes[label], err))
+        return read_reply(words, code, out, err)
 
 
 def read_reply(words: Sequence[str], code: int, out: str, err: str) -> Reply:
@@ -133,14 +175,15 @@ def read_reply(words: Sequence[str], code: int, out: str, err: str) -> Reply:
     try:
         if code != 0:
             raise ValueError
-        return Reply(json.loads(out.strip().splitlines()[-1]))
+        last = out.strip().splitlines()[-1]
+        return Reply(json.loads(last.partition(ANSWER)[2] or last))
     except (ValueError, IndexError):
         return Reply({}, f"exit code {code} of `{shlex.join(words[:2])} …`: {err.strip() or out}")
 
 
 def _explain_missing(remote: Remote, told: str) -> str:
     """Why not even Python could be run."""
-    if remote.container and _OF_DOCKER in told:
+    if remote.container and _OF_DOCKER[0] in told:
         return f"has no running container `{remote.container}` (`experiment.runner.docker`): {told}"
     if remote.container and "docker" in told and "OCI" not in told:
         return f"cannot run `docker`: {told}"

@@ -11,7 +11,6 @@ agents at once; should one not start, end the others before anything is said.
 """
 
 import base64
-import json
 import secrets as random_words
 import signal
 import sys
@@ -280,20 +279,19 @@ def place_files(
 
 
 def start_agents(run: RunRef, links: Links, secrets: Mapping[str, str], env: Mapping[str, str]) -> None:
-    """Start the agent of every host, all at once; secrets go over their standard input.
+    """Start the agent of every host, all at once; secrets go through the connection.
 
     Raises:
         LaunchError: one did not start, or Ctrl-C; all that had started are ended then.
     """
-    line = json.dumps(dict(secrets)).encode() + b"\n"
-    archive = str(run.folder / "agent.pyz")
-    commands = {
-        label: ([remote.python, "-I", "-S", archive, str(run.spec_path(label))], line)
-        for label, remote in links.remotes.items()
-    }
+    requests = {label: {"spec": str(run.spec_path(label)), "secrets": dict(secrets)} for label in links.remotes}
     with catch_interrupts(run, stops_job=False) as interrupts:
-        replies = links.run_all(commands, HANDOVER_LIMIT_S)
-        faults = [(links.remotes[label].name, reply.fault) for label, reply in replies.items() if reply.fault]
+        replies = links.call("start", requests, HANDOVER_LIMIT_S)
+        faults = [
+            (links.remotes[label].name, fault)
+            for label, reply in replies.items()
+            if (fault := reply.fault or reply.answer.get("fault"))
+        ]
         try:
             for label in run.labels:
                 if label not in replies and not faults:

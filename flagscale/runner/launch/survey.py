@@ -17,7 +17,7 @@ from typing import Any
 
 from flagscale.chips.probe import probe_host
 from flagscale.runner.launch.capacity import nearest_folder
-from flagscale.runner.launch.errands import ERRANDS, answer_errand, check
+from flagscale.runner.launch.errands import ERRANDS, answer_errands, check
 from flagscale.runner.launch.network import find_interface, list_interfaces
 from flagscale.runner.launch.sources import describe_tree, list_trees, query_trees
 from flagscale.runner.plan.job import JobPlan, decode_plan
@@ -119,4 +119,4 @@ def _connect(request: dict[str, Any], deadline: float) -> str | None:
 
 
 def main() -> None:
-    answer_errand({**ERRANDS, "survey": survey, "meet": meet})
+    answer_errands({**ERRANDS, "survey": survey, "meet": meet})

@@ -21,6 +21,7 @@ from flagscale.runner.launch.journal import (
     Outcome,
     Spec,
     find_failures,
+    find_full_disk,
     find_rank_log,
     read_tail,
     write_small,
@@ -237,6 +238,8 @@ class Watch:
             self.source = find_rank_log(Path(self.spec.details_dir, self.spec.run_id), first["local_rank"])
             how = f"died of {first['signal']}" if first["signal"] else f"ended with exit code {first['exit_code']}"
             reason = f"rank {first['rank']} {how}"
+        if folder := find_full_disk(self.spec):
+            reason += f"; the disk of {folder} is full"
         self.source = self.source or self.spec.output
         notice = self.peers.find_notice(waits=True)  # of another host that failed before, or of a stop
         self.end("stopped" if notice else "failed", notice.text if notice else reason, is_failure=True)

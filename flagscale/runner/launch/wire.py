@@ -26,7 +26,7 @@ MOST_REASON = 400
 DIGEST = "sha256"
 DIGEST_BYTES = 64
 RESOLVE_EVERY_S = 60.0
-ANSWER_S = 1.0
+ANSWER_S = 3.0
 NUM_FAREWELLS = 5
 AGAIN_S = 0.1
 
@@ -72,7 +72,7 @@ def open_listener(port: int) -> socket.socket:
 
 
 class Wire:
-    """One agent's end; owns its socket. Nothing waits for anybody here but `ask` and `leave`, a second at most."""
+    """One agent's end; owns its socket. Nothing waits for anybody here but `ask` and `leave`, seconds at most."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec

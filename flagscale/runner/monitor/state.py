@@ -109,10 +109,11 @@ def query_run(run: RunRef) -> RunState:
     failed = [host.label for host in hosts if host.state == "failed"]
     bad = sorted((host for host in hosts if host.state in ("failed", "lost")), key=lambda host: order.index(host.label))
     told = worst if worst.reason or not bad else bad[0]  # a run whose other hosts still work
+    queued = {host.label for host in hosts if host.state == "pending"}
     ranks = (
         rank if len(failed) < 2 or rank.host == worst.label else replace(rank, is_first_failure=False)
         for record in records
-        for rank in _judge_ranks(record)
+        for rank in _judge_ranks(record, record.label in queued)
     )
     starts = [host.started for host in hosts if host.started is not None]
     ends = [host.ended for host in hosts if host.ended is not None]
@@ -200,7 +201,7 @@ def _describe_loss(record: HostRecord, num_leftovers: int) -> str:
     return f"its agent and its guard were killed; {left}"
 
 
-def _judge_ranks(record: HostRecord) -> list[RankState]:
+def _judge_ranks(record: HostRecord, is_queued: bool) -> list[RankState]:
     started: dict[int, Event] = {event["rank"]: event for event in record.all("rank_started")}
     exited: dict[int, Event] = {event["rank"]: event for event in record.all("rank_exited")}
     up = record.list_ranks("rank_up")
@@ -217,7 +218,7 @@ def _judge_ranks(record: HostRecord) -> list[RankState]:
                 code, name = end["exit_code"], end["signal"]
                 rows.append(RankState(rank, record.label, local_rank, state, pid, code, name, is_first))
             else:
-                state = _judge_living(record, started.get(rank), rank in up)
+                state = "waiting" if is_queued else _judge_living(record, started.get(rank), rank in up)
                 rows.append(RankState(rank, record.label, local_rank, state, pid))
     return rows
 
