@@ -26,7 +26,7 @@ from flagscale.runner.plan.job import JobPlan
 from flagscale.runner.plan.service import ENGINE_KEY, ModelPlan
 from flagscale.serve.causes import FINAL, Cause
 from flagscale.serve.folder import is_run_alive
-from flagscale.serve.replicas import Origin, end_replica, is_run_of, look_at, start_replica, url_of
+from flagscale.serve.replicas import Origin, end_replica, is_run_of, kv_address_of, look_at, start_replica, url_of
 from flagscale.serve.router.pool import Pool
 from flagscale.serve.router.replica import Replica, ReplicaState
 
@@ -213,6 +213,9 @@ class Fleet:
             model=post.model.served_name,
             api_key=SecretStr(self.origin.engine_key) if has_key else None,
             version=str(post.version),
+            role=post.model.role,
+            handover=post.model.handover,
+            kv_address=kv_address_of(run, post.model.seats[post.seat]),
         )
         self.pool.add(replica)
         if post.pool_id:
@@ -290,6 +293,7 @@ class Fleet:
             "name": post.name,
             "id": post.pool_id,
             "model": post.model.name,
+            "role": post.model.role,
             "version": post.version,
             "state": post.state,
             "since": post.since,
@@ -304,6 +308,7 @@ class Fleet:
             "starts": post.number,
             "run_id": post.run.run_id if post.run else None,
             "exp_dir": post.job.exp_dir,
+            "log_dir": post.job.log_dir,
             "progress": post.progress if post.state == "starting" else "",
             "cause": str(post.cause) if post.cause else None,
         }

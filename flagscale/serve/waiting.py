@@ -92,7 +92,7 @@ def explain_failure(status: dict[str, Any]) -> str:
     failed = next((replica for replica in status["replicas"] if replica["state"] == "failed"), None)
     if failed is None:
         return f"the service did not start: {status['why']}"
-    log = next(iter(sorted(Path(failed["exp_dir"], "serve_logs").glob("host_0_*.output"))), None)
+    log = next(iter(sorted(Path(failed["log_dir"]).glob("host_0_*.output"))), None)
     head = f"the service did not start: {failed['name']}: {failed['cause']}"
     if log is None:
         return head
@@ -105,10 +105,10 @@ def ask_models(status: dict[str, Any], key: str | None) -> str | None:
 
     async def ask() -> str | None:
         secret = SecretStr(key) if key else None
-        for model in status["models"]:
-            result = await probe_completion(status["url"], model["served_name"], secret, ANSWER_LIMIT_S)
+        for name in dict.fromkeys(model["served_name"] for model in status["models"]):
+            result = await probe_completion(status["url"], name, secret, ANSWER_LIMIT_S)
             if not result.is_ok:
-                return f"`{model['served_name']}` does not answer at {status['url']}: {result.reason}"
+                return f"`{name}` does not answer at {status['url']}: {result.reason}"
         return None
 
     return asyncio.run(ask())
