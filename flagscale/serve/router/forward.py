@@ -82,11 +82,19 @@ class Exchange:
     has_begun: bool = False
     is_sending: bool = False
     is_stream: bool = False
+    is_abandoned: bool = False
     limit: asyncio.Timeout = field(init=False)
 
     @property
     def is_cut(self) -> bool:
-        return self.lease.is_cut or (self.partner is not None and self.partner.is_cut and not self.has_begun)
+        is_partner_cut = self.partner is not None and self.partner.is_cut
+        return self.lease.is_cut or ((is_partner_cut or self.is_abandoned) and not self.has_begun)
+
+    def abandon(self) -> None:
+        """What this needed until its first byte will not come."""
+        if not self.has_begun:
+            self.is_abandoned = True
+            self.end_now()
 
     def begin(self, first_byte_s: float) -> None:
         """The first byte has come."""

@@ -21,9 +21,6 @@ from flagscale.serve.router.metrics import Record
 from flagscale.serve.router.pool import Lease
 from flagscale.serve.router.request import Request, returned_headers
 
-_LINGER_S = 2.0
-"""How long the first half may take to end after the second has, seconds: it only tells the end of its work."""
-
 
 class PairForwarder(Forwarder):
     """Sends requests to replicas, and to pairs of them."""
@@ -65,24 +62,18 @@ class PairForwarder(Forwarder):
         await self._exchange(replace(it, request=second))
 
     async def _ask_both(self, first: Request, it: Exchange) -> None:
-        """Both halves at once; the first that fails takes the other with it."""
+        """Both halves at once; the first that fails takes the other with it, and the end of the second is the end."""
         assert it.partner is not None
         fetching = asyncio.create_task(self._fetch(first, it.partner, is_alone=False))
-        exchanging = asyncio.create_task(self._exchange(it))
+        fetching.add_done_callback(lambda task: it.abandon() if _has_failed(task) else None)
         try:
-            await asyncio.wait((fetching, exchanging), return_when=asyncio.FIRST_COMPLETED)
-            if fetching.done() and not exchanging.done() and not it.has_begun:
-                answer = fetching.result()
-                if answer.status != 200:
-                    exchanging.cancel()
-                    await send_answer(answer, it.send, it.record)
-                    return
-            await exchanging
-            await asyncio.wait((fetching,), timeout=_LINGER_S)
+            await self._exchange(it)
+        except ReplicaFault:
+            if not it.is_abandoned:
+                raise
+            await send_answer(fetching.result(), it.send, it.record)
         finally:
-            for task in (fetching, exchanging):
-                task.cancel()
-            await asyncio.gather(fetching, exchanging, return_exceptions=True)
+            fetching.cancel()
 
     async def _fetch(self, request: Request, lease: Lease, is_alone: bool = True) -> Answer:
         """The whole answer of a first half. Raises ReplicaFault.
@@ -113,3 +104,7 @@ class PairForwarder(Forwarder):
         lease.alive(clock())
         headers.append((b"x-flagscale-replica", lease.replica.id.encode("latin-1", "replace")))
         return Answer(response.status, headers, body)
+
+
+def _has_failed(fetching: "asyncio.Task[Answer]") -> bool:
+    return not fetching.cancelled() and (fetching.exception() is not None or fetching.result().status != 200)
