@@ -4,7 +4,7 @@
     nixl       the prefill half answers where its cache lies; the decode half pulls it there, once
     bootstrap  the decode half waits at the prefill half's room, for ever if the other never comes
 
-A decode half that is asked for something whose prompt nobody computed refuses it, or waits for ever, as a real one does.
+A decode half that is asked for something whose prompt nobody computed refuses it, or waits for ever as a real one does.
 """
 
 import asyncio
