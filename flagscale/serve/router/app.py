@@ -153,6 +153,7 @@ class _Desk:
         body = {
             "uptime_s": time.time() - self._started,
             "policy": self._settings.policy,
+            "pair_policy": self._settings.pair_policy,
             "sample_every_s": EVERY_S,
             "held": {model: self._pool.held(model) for model in self._pool.models()},
             "replicas": replicas,
@@ -202,8 +203,7 @@ def build_app(pool: Pool, settings: RouterSettings) -> Starlette:
     routes += [
         Route("/v1/models", guarded(desk.list_models)),
         Route("/v1/models/{model:path}", guarded(desk.show_model)),
-        Route("/replicas/{id}", registry.register, methods=["PUT"]),
-        Route("/replicas/{id}", registry.unregister, methods=["DELETE"]),
+        Route("/replicas/{id}", registry.answer, methods=["PUT", "DELETE"]),
         Route("/status", guarded(desk.show_status)),
         Route("/metrics", guarded(desk.show_metrics)),
         Route("/openapi.json", guarded(desk.show_api)),

@@ -10,6 +10,7 @@ touched: whoever keeps them knows better.
 """
 
 import hmac
+import re
 from typing import cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -23,6 +24,8 @@ from flagscale.serve.router.replica import Replica
 from flagscale.serve.router.request import CallerLeftError, Receive, parse_body, read_body
 from flagscale.serve.router.settings import Handover, Role, RouterSettings
 
+_NAME = re.compile(r"[\w.-]{1,100}", re.ASCII)
+
 
 class Registration(BaseModel):
     """The body of a PUT: what `Replica` has."""
@@ -33,7 +36,6 @@ class Registration(BaseModel):
     model: str = Field(min_length=1)
     role: Role = "whole"
     handover: Handover | None = None
-    """default what the model's other replicas have"""
     kv_address: str = ""
     api_key: SecretStr | None = None
     weight: float = Field(default=1.0, gt=0, le=1e6)
@@ -48,10 +50,18 @@ class Registry:
         self._pool = pool
         self._settings = settings
 
-    async def register(self, asked: Asked) -> Response:
-        """201 for a new one, 200 for one that is there already with these very words, else 409."""
+    async def answer(self, asked: Asked) -> Response:
+        """Raises Refusal."""
         self._check_token(asked)
         name = asked.path_params["id"]
+        return await (self._register(name, asked) if asked.method == "PUT" else self._unregister(name))
+
+    async def _register(self, name: str, asked: Asked) -> Response:
+        """201 for a new one, 200 for one that is there already with these very words, else 409."""
+        if not _NAME.fullmatch(name):
+            raise Refusal(
+                400, "the id of a replica: up to 100 letters, digits, `_`, `.` and `-`", "invalid_replica", "id"
+            )
         try:
             body = await read_body(asked.headers.raw, cast(Receive, asked.receive), self._settings)
         except CallerLeftError:
@@ -76,10 +86,8 @@ class Registry:
             raise Refusal(409, told, "conflict")
         return JSONResponse({"id": name, "version": replica.version}, 201 if known is None else 200)
 
-    async def unregister(self, asked: Asked) -> Response:
+    async def _unregister(self, name: str) -> Response:
         """200 with the number of requests that had to be cut."""
-        self._check_token(asked)
-        name = asked.path_params["id"]
         known = self._pool.find_replica(name)
         if known is None:
             raise Refusal(404, f"no replica {name[:100]}", "replica_not_found")
@@ -103,9 +111,6 @@ class Registry:
     def _make_replica(self, name: str, given: Registration) -> Replica:
         """Raises UserError, and ValueError for a URL that is none."""
         others = self._pool.find_replicas(given.model)
-        handover = given.handover
-        if handover is None and given.role != "whole":
-            handover = next((other.handover for other in others), None)
         version = given.version
         if version is None:
             version = next((other.version for other in reversed(others) if not other.is_registered), "")
@@ -117,7 +122,7 @@ class Registry:
             weight=given.weight,
             version=version,
             role=given.role,
-            handover=handover,
+            handover=given.handover,
             kv_address=given.kv_address,
             is_registered=True,
         )
