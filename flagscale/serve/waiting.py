@@ -15,7 +15,7 @@ from flagscale.runner.launch.journal import read_tail
 from flagscale.runner.launch.record import load_records
 from flagscale.runner.launch.startup import quote_last_words
 from flagscale.serve.control import NoControllerError, ask_controller
-from flagscale.serve.router.probe import probe_completion
+from flagscale.serve.router.probe import LONGER_PROMPT, ProbeResult, probe_completion
 
 POLL_S = 0.3
 ANSWER_LIMIT_S = 120.0
@@ -100,13 +100,19 @@ def explain_failure(status: dict[str, Any]) -> str:
     return "\n".join([head, f"last lines of {log}:", *(f"  {line}" for line in lines)])
 
 
+async def probe_model(status: dict[str, Any], served_name: str, key: str | None, limit_s: float) -> ProbeResult:
+    """One token of a model through the router: of one served by pairs, through a pair."""
+    is_paired = any(model["served_name"] == served_name and model.get("handover") for model in status["models"])
+    extra = {"prompt": LONGER_PROMPT} if is_paired else {}
+    return await probe_completion(status["url"], served_name, SecretStr(key) if key else None, limit_s, extra=extra)
+
+
 def ask_models(status: dict[str, Any], key: str | None) -> str | None:
     """One token of every model through the router, with the callers' key; what is wrong where there is none."""
 
     async def ask() -> str | None:
-        secret = SecretStr(key) if key else None
         for name in dict.fromkeys(model["served_name"] for model in status["models"]):
-            result = await probe_completion(status["url"], name, secret, ANSWER_LIMIT_S)
+            result = await probe_model(status, name, key, ANSWER_LIMIT_S)
             if not result.is_ok:
                 return f"`{name}` does not answer at {status['url']}: {result.reason}"
         return None

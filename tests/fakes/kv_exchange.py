@@ -30,7 +30,8 @@ class ProtocolError(Exception):
 class KvExchange:
     """One half's side of it, listening at `address` once it has started."""
 
-    role: Literal["prefill", "decode"]
+    role: Literal["prefill", "decode", "both"]
+    """both: what a request asks for, where the engine itself has no role"""
     kind: Kind
     port: int = 0
     host: str = "127.0.0.1"
@@ -93,7 +94,10 @@ class KvExchange:
         """Before a request is answered; what its answer has beside. Raises ProtocolError."""
         if self.kind == "store":
             return {}
-        told = await getattr(self, f"_{self.role}_{self.kind}")(headers, body)
+        role = self.role
+        if role == "both":
+            role = "prefill" if (body.get("kv_transfer_params") or {}).get("do_remote_decode") else "decode"
+        told = await getattr(self, f"_{role}_{self.kind}")(headers, body)
         return dict(told or {})
 
     def _check_short(self, body: dict[str, Any]) -> None:

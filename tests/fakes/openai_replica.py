@@ -44,6 +44,7 @@ stall       send nothing more after `after` pieces
 half_event  as `cut`, in the middle of a piece
 """
 
+_PROMPTS = ("1", "1 2 3 4")
 _PROBE = [{"role": "user", "content": "1"}]
 DEFAULT_TOKENS = 8
 _BREAKS = ("disconnect", "cut", "half_event")
@@ -146,7 +147,7 @@ class FakeReplica:
             return _error(400, f"{self.model} does not do that")
         if body.get("model") != self.model:
             return _error(404, f"no model {body.get('model')}")
-        is_probe = body.get("max_tokens") == 1 and (body.get("prompt") == "1" or body.get("messages") == _PROBE)
+        is_probe = body.get("max_tokens") == 1 and (body.get("prompt") in _PROMPTS or body.get("messages") == _PROBE)
         self.num_probes += is_probe
         if not is_probe and self.keeps_requests:
             self.requests.append({**body, "_path": asked.path_qs})

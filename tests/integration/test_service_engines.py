@@ -8,14 +8,20 @@ The native engine is always there. Others are the user's, so their tests say whe
     FLAGSCALE_TEST_GGUF        a model that it loads
 """
 
+import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from services import Bench, wait_for
+
+from flagscale.serve.folder import find_control
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -113,6 +119,70 @@ def test_vllm_two_replicas_survive_a_death_and_an_update(bench: Bench, tiny_mode
         assert done.returncode == 0, done.stderr
     assert load.faults == []
     assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_vllm_answers_from_a_cache_that_another_instance_computed(bench: Bench, tiny_model: Path) -> None:
+    """vLLM's connector through a folder, the only one of its connectors that needs neither GPUs nor RDMA."""
+    folder, store = folder_of("FLAGSCALE_TEST_VLLM"), bench.base / "caches"
+    store.mkdir()
+    envs = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    deploy = {"experiment__runner__deploy__prefill_decode_disaggregation": True}
+    bench.write("vllm", None, PATIENCE_S, experiment__envs=envs, **deploy)
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_connector_extra_config": {"shared_storage_path": str(store)},
+    }
+    args = {
+        "dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": True, "block_size": 32,
+        "enable_prefix_caching": False, "kv_transfer_config": connector,
+    }  # fmt: skip
+    serve(bench, "--model-path", str(tiny_model), "--bin-dir", folder, "--engine-args", json.dumps(args))
+    urls = {row["role"]: row["url"] for row in bench.look()["replicas"]}
+    _wipe(store)
+    alone = _ask_engine(bench, urls["prefill"])
+    _wipe(store)
+    paired = _ask_engine(bench, bench.url)
+    assert paired["tokens"] == alone["tokens"]
+    assert paired["token_logprobs"] == pytest.approx(alone["token_logprobs"], abs=0.02)
+    decode_log = (bench.exp_dir / "serve/m-decode-0/serve_logs/host_0_localhost.output").read_text()
+    prefill_log = (bench.exp_dir / "serve/m-prefill-0/serve_logs/host_0_localhost.output").read_text()
+    assert "Inject KV cache of 64 tokens" in decode_log
+    assert "Inject KV cache of 64 tokens" not in prefill_log
+    # with another cache in its place the answer is another: what the store holds is really what is computed with
+    _spoil(store)
+    spoilt = _ask_engine(bench, urls["decode"])
+    assert spoilt["token_logprobs"][0] != pytest.approx(alone["token_logprobs"][0], abs=0.02)
+    ask_everything(bench.url, "m")
+    assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+def _ask_engine(bench: Bench, url: str) -> dict[str, Any]:
+    """Greedy tokens and their log-probabilities, of a service or of one of its engines."""
+    control = find_control(bench.exp_dir)
+    assert control is not None
+    prompt = "Prompts that are longer than two blocks of the cache are handed over by whole blocks."
+    body = {"model": "m", "prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 1}
+    headers = {"Authorization": f"Bearer {control.engine_key}"}
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=PATIENCE_S)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()["choices"][0]["logprobs"]
+    return found
+
+
+def _wipe(store: Path) -> None:
+    for entry in store.iterdir():
+        shutil.rmtree(entry)
+
+
+def _spoil(store: Path) -> None:
+    """Another cache under the same names."""
+    from safetensors.torch import load_file, save_file
+
+    for path in store.glob("*/*.safetensors"):
+        save_file({name: tensor.flip(0).contiguous() for name, tensor in load_file(path).items()}, path)
 
 
 @pytest.mark.engine

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from flagscale.serve.router.probe import ProbeResult, probe_alive, probe_completion
+from flagscale.serve.router.probe import LONGER_PROMPT, ProbeResult, probe_alive, probe_completion
 from flagscale.serve.router.replica import Replica
 from flagscale.serve.router.request import Request, parse_body
 from flagscale.serve.router.settings import Handover, RouterSettings
@@ -31,7 +31,11 @@ ProbeKind = Literal["completion", "alive", "bootstrap"]
 
 _REQUEST_ID = "x-request-id"
 _NO_PARTNER: Tree = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
-PROBE_EXTRA: Mapping[ProbeKind, Tree] = {"completion": {}, "alive": {}, "bootstrap": _NO_PARTNER}
+PROBE_EXTRA: Mapping[ProbeKind, Tree] = {
+    "completion": {"prompt": LONGER_PROMPT},
+    "alive": {},
+    "bootstrap": _NO_PARTNER,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +108,9 @@ WAYS: Mapping[Handover, Way] = {"p2p": PeerToPeer(), "nixl": Nixl(), "store": St
 
 async def probe_replica(replica: Replica, settings: RouterSettings) -> ProbeResult:
     """Ask a replica what one of its kind can answer without a partner."""
-    kind = WAYS[replica.handover].probe if replica.handover else "completion"
-    probe = probe_alive if kind == "alive" else partial(probe_completion, extra=PROBE_EXTRA[kind])
+    kind = WAYS[replica.handover].probe if replica.handover else None
+    extra = PROBE_EXTRA[kind] if kind else {}
+    probe = probe_alive if kind == "alive" else partial(probe_completion, extra=extra)
     return await probe(
         replica.url, replica.model, replica.api_key, settings.probe_timeout_s, settings.connect_timeout_s
     )

@@ -21,6 +21,8 @@ _BODIES: tuple[tuple[str, dict[str, object]], ...] = (
 )
 """what is asked, in turn, until the model answers one: an embedding model has no completions"""
 
+LONGER_PROMPT = "1 2 3 4"
+"""for engines that look their caches up by whole prompts, of which vLLM's ExampleConnector bears none of one token"""
 _OTHER_KIND = (400, 404, 405, 422, 501)
 _REASON_CHARS = 200
 
@@ -87,7 +89,7 @@ async def _ask(session: aiohttp.ClientSession, url: str, fields: Mapping[str, ob
     """Empty if the model answered, else the first refusal: later ones only say that it is no model of that kind."""
     refusal = ""
     for path, body in _BODIES:
-        async with session.post(url + path, json={**fields, **body}, allow_redirects=False) as answer:
+        async with session.post(url + path, json={**body, **fields}, allow_redirects=False) as answer:
             text = (await answer.content.read(64 * 1024)).decode("utf-8", "replace")
             if answer.status == 200:
                 return ""
