@@ -17,8 +17,8 @@ from flagscale.runner.render.script import render_script
 GOLDEN = Path(__file__).parent / "serve"
 SITE = Site("/flagscale", None)
 HOSTS = {
-    "deepseek_r1/serve": 4, "deepseek_v3/serve": 2, "kimi_k2/serve": 4, "qwen2_5/serve_ssh": 2,
-    "qwen3/serve_sglang_multiple_nodes": 2,
+    "deepseek_r1/serve": 4, "deepseek_v3/serve": 2, "deepseek_v3/serve_disagg": 2, "kimi_k2/serve": 4,
+    "qwen2_5/serve_ssh": 2, "qwen3/serve_sglang_multiple_nodes": 2,
 }  # fmt: skip
 """how many hosts a replica of each example takes, where that is not one"""
 
@@ -62,8 +62,9 @@ def test_example_is_checked_strictly_and_gives_no_warning(path: Path) -> None:
     assert config.action == "run"
     text = render_dry_run(plan_config(config, SITE))
     assert text == render_dry_run(plan_config(config, SITE))
-    (model,) = service_of(path).models
-    assert {len(seat.job.hosts) for seat in model.seats} == {HOSTS.get(name_of(path), 1)}
+    models = service_of(path).models
+    assert len(models) == (2 if "disagg" in path.stem else 1)
+    assert {len(seat.job.hosts) for model in models for seat in model.seats} == {HOSTS.get(name_of(path), 1)}
 
 
 def test_no_golden_script_is_left_over() -> None:
