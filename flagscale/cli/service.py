@@ -91,6 +91,7 @@ def refuse_running(service: "ServicePlan") -> None:
 def describe_start(run: "RunRef", service: "ServicePlan") -> str:
     models = ", ".join(
         f"{model.served_name} ({model.engine}"
+        + f", {model.role}" * (model.role != "whole")
         + f", {model.scaling.initial} replicas" * (model.scaling.initial > 1)
         + ")"
         for model in service.models
