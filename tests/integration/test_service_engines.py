@@ -3,6 +3,7 @@
 The native engine is always there. Others are the user's, so their tests say where they look:
 
     FLAGSCALE_TEST_VLLM        the folder of programs of an environment with vLLM for CPUs
+    FLAGSCALE_TEST_NIXL        a folder with the package `nixl`, for vLLM's connector of that name
     FLAGSCALE_TEST_SGLANG      the same with SGLang for CPUs
     FLAGSCALE_TEST_LLAMA_CPP   the folder with a built `llama-server`
     FLAGSCALE_TEST_GGUF        a model that it loads
@@ -125,7 +126,7 @@ def test_vllm_two_replicas_survive_a_death_and_an_update(bench: Bench, tiny_mode
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_vllm_answers_from_a_cache_that_another_instance_computed(bench: Bench, tiny_model: Path) -> None:
-    """vLLM's connector through a folder, the only one of its connectors that needs neither GPUs nor RDMA."""
+    """By vLLM's connector through a folder, which needs nothing beside."""
     folder, store = folder_of("FLAGSCALE_TEST_VLLM"), bench.base / "caches"
     store.mkdir()
     envs = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -157,6 +158,41 @@ def test_vllm_answers_from_a_cache_that_another_instance_computed(bench: Bench, 
     assert spoilt["token_logprobs"][0] != pytest.approx(alone["token_logprobs"][0], abs=0.02)
     ask_everything(bench.url, "m")
     assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_vllm_pulls_a_cache_over_nixl(bench: Bench, tiny_model: Path) -> None:
+    folder, package = folder_of("FLAGSCALE_TEST_VLLM"), folder_of("FLAGSCALE_TEST_NIXL")
+    envs = {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": package,
+    }  # fmt: skip
+    words = {"prefill_decode_disaggregation": True, "prefill_decode_connector": "NixlConnector"}
+    deploy = {f"experiment__runner__deploy__{name}": value for name, value in words.items()}
+    bench.write("vllm", None, PATIENCE_S, experiment__envs=envs, **deploy)
+    args = {
+        "dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": True, "block_size": 32,
+        "enable_prefix_caching": False,
+    }  # fmt: skip
+    serve(bench, "--model-path", str(tiny_model), "--bin-dir", folder, "--engine-args", json.dumps(args))
+    urls = {row["role"]: row["url"] for row in bench.look()["replicas"]}
+    alone = _ask_engine(bench, urls["prefill"])
+    before = _count_pulls(urls["decode"])
+    paired = _ask_engine(bench, bench.url)
+    assert _count_pulls(urls["decode"]) == before + 1
+    assert paired["tokens"] == alone["tokens"]
+    assert paired["token_logprobs"] == pytest.approx(alone["token_logprobs"], abs=0.02)
+    ask_everything(bench.url, "m")
+    assert _count_pulls(urls["decode"]) > before + 1
+    assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+def _count_pulls(url: str) -> int:
+    """How many caches a vLLM has pulled over NIXL."""
+    rows = httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text.splitlines()
+    values = [row.rpartition(" ")[2] for row in rows if row.startswith("vllm:nixl_xfer_time_seconds_count")]
+    return int(sum(map(float, values)))
 
 
 def _ask_engine(bench: Bench, url: str) -> dict[str, Any]:
