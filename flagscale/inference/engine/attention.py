@@ -6,8 +6,10 @@ similar shape, each padded a little and computed in one call for a layer. Paddin
 `plan_groups` weighs one against the other.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -208,7 +210,7 @@ def _reads_in_place(span: Span) -> bool:
     return span.stop >= LONG_ENOUGH and span.pages == tuple(range(first, first + len(span.pages)))
 
 
-def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> AttentionPlan:
+def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> Attend:
     """The attention of a step whose flat list is the spans one after the other."""
     size = cache.page_size
     slots: list[int] = []
@@ -217,8 +219,18 @@ def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> At
         slots.extend([PADDING_PAGE] * max(0, min(span.num_kept, span.stop) - span.start))
         written = range(max(span.start, span.num_kept), span.stop)
         slots.extend(span.pages[at // size] * size + at % size for at in written)
+    places = torch.tensor(slots, device=device)
+    if _has_fused_kernel(device):
+        from flagscale.inference.engine.fused_attention import make_fused_plan
+
+        return make_fused_plan(spans, places, cache, device)
     groups = tuple(_make_group(members, cache, device) for members in plan_groups(spans, cache.num_pages, size))
-    return AttentionPlan(cache, torch.tensor(slots, device=device), groups)
+    return AttentionPlan(cache, places, groups)
+
+
+@functools.cache
+def _has_fused_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def plan_groups(spans: Sequence[Span], max_pages: int, page_size: int) -> list[list[Span]]:

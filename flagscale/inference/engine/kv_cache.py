@@ -91,6 +91,10 @@ class KVCache:
         keys, values = self._gather(0, self._keys[layer], pages), self._gather(1, self._values[layer], pages)
         return keys.view(num_rows, -1, *keys.shape[2:]), values.view(num_rows, -1, *values.shape[2:])
 
+    def pages_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values [pages, page_size, heads, dim] of a layer, where they lie."""
+        return self._keys[layer], self._values[layer]
+
     def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages (source, destination) in every layer."""
         pairs = tuple(pairs)

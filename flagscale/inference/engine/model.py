@@ -14,7 +14,7 @@ import torch
 
 from flagscale.errors import UserError
 from flagscale.inference.engine.adapters import AdapterSpan, AdapterTable
-from flagscale.inference.engine.attention import NAME, AttentionPlan, ShapeProbe, Span, make_plan, register, sort_key
+from flagscale.inference.engine.attention import NAME, Attend, ShapeProbe, Span, make_plan, register, sort_key
 from flagscale.inference.engine.config import EngineConfig
 from flagscale.inference.engine.int8 import quantise_linears
 from flagscale.inference.engine.kv_cache import KVCache, LayerShape, plan_num_pages
@@ -101,7 +101,7 @@ class ModelRunner:
         parts = dict(zip(order, logits.split([len(wanted[i]) for i in order]), strict=True))
         return [parts[i] for i in range(len(chunks))]
 
-    def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: AttentionPlan) -> torch.Tensor:
+    def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: Attend) -> torch.Tensor:
         ids, at, kept = (torch.tensor(each, device=self.device) for each in (tokens, positions, rows))
         out = self.model(input_ids=ids[None], position_ids=at[None], use_cache=False, logits_to_keep=kept, paged=plan)
         logits: torch.Tensor = out.logits[0].float()

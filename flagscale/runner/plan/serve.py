@@ -126,6 +126,7 @@ def plan_service(config: Config, site: Site) -> ServicePlan:
         router=(*deploy.router.items(), *_pair_policy(deploy)),
         start_timeout_s=config.experiment.runner.start_timeout_s,
         admin_token_env=deploy.admin_token_env or "",
+        host_lost_after_s=deploy.host_lost_after_s,
     )
 
 

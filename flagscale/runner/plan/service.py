@@ -80,6 +80,7 @@ class ServicePlan:
     router: tuple[tuple[str, Any], ...] = ()
     start_timeout_s: float = 1800.0
     admin_token_env: str = ""
+    host_lost_after_s: float = 120.0
 
     @property
     def url(self) -> str:
