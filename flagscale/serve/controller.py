@@ -185,6 +185,13 @@ class Controller:
                 raise UserError(
                     f"an update cannot change `{name}` ({old} to {new}); stop the service and start it anew"
                 )
+        halved = [
+            {(it.served_name, it.role != "whole") for it in version.models} for version in (self.service, service)
+        ]
+        if any((name, not is_half) in halved[1] for name, is_half in halved[0]):
+            raise UserError(
+                "an update cannot change `prefill_decode_disaggregation`; stop the service and start it anew"
+            )
         self.update = Update(self.version + 1)
         self.updating = asyncio.create_task(self._update(service, config, self.update))
         return self.update

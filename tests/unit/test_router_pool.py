@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -220,6 +221,28 @@ def test_an_expected_model_is_known_before_and_between_its_replicas() -> None:
         pool.expect(["other"])
         with pytest.raises(UnknownModelError, match="there are: other"):
             await waiting
+        await pool.close()
+
+    run(work())
+
+
+def test_tokens_are_a_load_until_they_are_computed() -> None:
+    async def work() -> None:
+        pool, _ = made()
+        for name, role in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode")):
+            pool.add(Replica(name, "http://127.0.0.1:1", "m", role=role, handover="nixl"))  # type: ignore[arg-type]
+        pool.start()
+        await until(lambda: all(state.is_ready for state in pool.states()))
+        long = replace(ANY, body=b'{"model": "m", "prompt": "%s", "max_tokens": 7}' % (b"x" * 4000))
+        first, first_decode = pool.find_route(long)
+        assert (first.tokens, first_decode.tokens) == (1001, 1008)
+        others = [pool.find_route(ANY) for _ in range(3)]
+        assert {prefill.replica.id for prefill, _ in others} == {"p0", "p1"} - {first.replica.id}
+        first.computed()
+        after, _ = pool.find_route(ANY)
+        assert after.replica.id == first.replica.id
+        with pytest.raises(UserError, match="the others are prefill or decode"):
+            pool.add(Replica("whole", "http://127.0.0.1:1", "m"))
         await pool.close()
 
     run(work())

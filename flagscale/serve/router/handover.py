@@ -51,6 +51,8 @@ class Way:
 
     is_at_once: bool = False
     """both legs go out together; else the second when the first has been answered"""
+    is_fetched: bool = False
+    """the cache is fetched after the first answer, so that its replica is needed until the second begins"""
     probe: ProbeKind = "completion"
 
     def split(self, request: Request, prefill: Replica, decode: Replica) -> Legs:
@@ -71,6 +73,8 @@ class PeerToPeer(Way):
 
 
 class Nixl(Way):
+    is_fetched = True
+
     def split(self, request: Request, prefill: Replica, decode: Replica) -> Legs:  # noqa: ARG002
         if is_many(request.tree):
             return Legs(None, request)  # the answer has the place of one cache, and it may be pulled once

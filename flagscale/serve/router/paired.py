@@ -3,7 +3,7 @@
 Either half may fail, and the other must not be left behind: where both have the request at once the failure of one
 cancels the other, and where they have it in turn the second is asked only when the first has answered. A caller who
 leaves cancels whichever is at work. Until the first byte of the second half nothing has been promised, and another pair
-may try; until then the first half's replica keeps its lease, since its cache may still be fetched.
+may try; until then the first half's replica keeps its lease where its cache is fetched from it.
 
 An answer of the first half that is no success is the answer: the second half would refuse it too, or wait in vain.
 """
@@ -59,7 +59,9 @@ class PairForwarder(Forwarder):
             reason = f"its answer to a prompt cannot be read: {error}"
             it.partner.failed(reason)
             raise ReplicaFault(reason, it.partner) from None
-        await self._exchange(replace(it, request=second))
+        if not way.is_fetched:
+            it.partner.release()
+        await self._exchange(replace(it, request=second, partner=it.partner if way.is_fetched else None))
 
     async def _ask_both(self, first: Request, it: Exchange) -> None:
         """Both halves at once; the first that fails takes the other with it, and the end of the second is the end."""
@@ -100,6 +102,7 @@ class PairForwarder(Forwarder):
             reason = f"status {response.status}"
             lease.failed(reason)
             raise ReplicaFault(reason, lease, status=response.status, answer=Answer(response.status, headers, body))
+        lease.computed()
         lease.answered(clock() - begun)
         lease.alive(clock())
         headers.append((b"x-flagscale-replica", lease.replica.id.encode("latin-1", "replace")))

@@ -147,6 +147,11 @@ class Lease:
         member.breaker.fail(asyncio.get_running_loop().time())
         member.is_suspect.set()
 
+    def computed(self) -> None:
+        """Its tokens are no load any more; what was computed of them may still be fetched."""
+        self._member.tokens -= self.tokens
+        self.tokens = 0
+
     def cut(self) -> None:
         self.is_cut = True
         if self.on_cut is not None:
