@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from flagscale.errors import FlagScaleError, UserError, find_nearest
 from flagscale.serve.router.breaker import Breaker
@@ -22,7 +22,7 @@ from flagscale.serve.router.hold import HoldQueue
 from flagscale.serve.router.policies import PAIR_POLICIES, Load, Policy, choose_pair, make_policy
 from flagscale.serve.router.probe import ProbeResult
 from flagscale.serve.router.replica import Phase, Replica, ReplicaState
-from flagscale.serve.router.request import Size
+from flagscale.serve.router.request import Request
 from flagscale.serve.router.settings import Role, RouterSettings
 
 __all__ = ["Lease", "Pool", "Replica", "ReplicaState", "UnknownModelError"]
@@ -34,17 +34,6 @@ _CUT_GRACE_S = 2.0
 
 Tried = frozenset[tuple[str, int]]
 Prober = Callable[[Replica, RouterSettings], Coroutine[Any, Any, ProbeResult]]
-
-
-class Wanted(Protocol):
-    """What a request says of the replica that it needs."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def key(self) -> str | None: ...
-    @property
-    def size(self) -> Size: ...
 
 
 class UnknownModelError(FlagScaleError):
@@ -288,7 +277,7 @@ class Pool:
         policy = self._policies.get(model) or self._policies.setdefault(model, make_policy(self.settings))
         return self._members[policy.choose(ready, key)].lend()
 
-    def find_route(self, wanted: Wanted, tried: Tried = frozenset()) -> tuple[Lease, ...]:
+    def find_route(self, wanted: Request, tried: Tried = frozenset()) -> tuple[Lease, ...]:
         """The leases that a request needs: one, or where its model is served by pairs that of a prefill and that of a
         decode replica. None where they cannot all be had. Raises as `find_lease`."""
         if not self.is_paired(wanted.model):
@@ -316,7 +305,7 @@ class Pool:
             raise UnknownModelError(self._tell_models(model))
         return [it for it in mine if it.phase == "ready" and (it.replica.id, it.epoch) not in tried]
 
-    async def acquire(self, wanted: Wanted, tried: Tried, until: float) -> tuple[Lease, ...]:
+    async def acquire(self, wanted: Request, tried: Tried, until: float) -> tuple[Lease, ...]:
         """As `find_route`, but wait for ready replicas until the loop's clock says `until`.
 
         Raises UnknownModelError, HoldRefusedError, and TimeoutError when the time is over.
