@@ -100,6 +100,9 @@ def test_an_update_changes_both_halves_in_step_and_loses_no_request(bench: Bench
     done = bench.serve("update", str(bench.exp_dir), str(config))
     assert done.returncode == 0, done.stderr + bench.read_log()
     assert [row["ready"] for row in bench.look()["models"]] == [2, 2]
+    config.write_text(config.read_text().replace("disaggregation: true", "disaggregation: false"))
+    done = bench.serve("update", str(bench.exp_dir), str(config))
+    assert (done.returncode, "cannot change `prefill_decode_disaggregation`" in done.stderr) == (2, True)
 
 
 def test_a_half_that_does_not_start_ends_the_service_with_its_cause(bench: Bench) -> None:
