@@ -197,6 +197,20 @@ def test_a_first_half_that_is_taken_away_takes_its_request_to_another() -> None:
     run(check())
 
 
+def test_a_second_half_that_is_taken_away_in_the_meantime_is_not_asked() -> None:
+    async def check() -> None:
+        async with pairs("nixl", 1, 2, first_token_s=0.2) as (prefills, decodes), router(*prefills, *decodes) as front:
+            asking = asyncio.create_task(front.ask(max_tokens=2))
+            await until(lambda: prefills[0].num_in_flight == 1)
+            (meant,) = [state.id for state in front.pool.states() if state.role == "decode" and state.in_flight]
+            front.pool.remove(meant)
+            assert (await asking).status_code == 200
+            assert [len(fake.requests) for fake in decodes if fake.name == meant] == [0]
+            await front.settled()
+
+    run(check())
+
+
 def test_a_drain_waits_for_the_requests_of_a_first_half() -> None:
     async def check() -> None:
         async with pairs("nixl", first_token_s=0.1) as (prefills, decodes), router(*prefills, *decodes) as front:

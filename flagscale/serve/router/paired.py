@@ -59,6 +59,8 @@ class PairForwarder(Forwarder):
             reason = f"its answer to a prompt cannot be read: {error}"
             it.partner.failed(reason)
             raise ReplicaFault(reason, it.partner) from None
+        if it.lease.is_cut:
+            raise ReplicaFault("its replica was taken out of service", it.lease, status=503)
         if not way.is_fetched:
             it.partner.release()
         await self._exchange(replace(it, request=second, partner=it.partner if way.is_fetched else None))
