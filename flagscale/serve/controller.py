@@ -179,12 +179,6 @@ class Controller:
             raise UserError(f"an update to version {self.update.version} is running; try again when it is done")
         if self.is_stopping or not self.fleet.was_ready:
             raise UserError(f"the service is {self.phase}; an update needs one that has been ready")
-        for name in ("exp_dir", "host", "port", "api_key_env", "admin_token_env", "router"):
-            old, new = getattr(self.service, name), getattr(service, name)
-            if old != new:
-                raise UserError(
-                    f"an update cannot change `{name}` ({old} to {new}); stop the service and start it anew"
-                )
         halved = [
             {(it.served_name, it.role != "whole") for it in version.models} for version in (self.service, service)
         ]
@@ -192,6 +186,12 @@ class Controller:
             raise UserError(
                 "an update cannot change `prefill_decode_disaggregation`; stop the service and start it anew"
             )
+        for name in ("exp_dir", "host", "port", "api_key_env", "admin_token_env", "router"):
+            old, new = getattr(self.service, name), getattr(service, name)
+            if old != new:
+                raise UserError(
+                    f"an update cannot change `{name}` ({old} to {new}); stop the service and start it anew"
+                )
         self.update = Update(self.version + 1)
         self.updating = asyncio.create_task(self._update(service, config, self.update))
         return self.update
