@@ -16,6 +16,8 @@ BIN := $(VENV)/bin
 # A rank that spins while it waits for another takes the core that the other one needs.
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The tests start Python some thousand times: it has to keep what it compiles.
+unexport PYTHONDONTWRITEBYTECODE
 
 say = @printf '\n==> %s\n' $(1)
 

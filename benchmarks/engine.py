@@ -1,6 +1,6 @@
 """The engine against `generate` of transformers, side by side in one run.
 
-    python benchmarks/engine.py [--threads 2] [--runs 5] [--dtype float32] [--size 34m]
+    python benchmarks/engine.py [--threads 2] [--runs 5] [--dtype float32] [--size 34m] [--device cuda]
 
 A random Qwen3 of 34 million parameters (or 0.3 billion); every pair is run in turn (A B A B ..), and the median of the
 ratios is printed, of wall time and of processor time (which other work on the machine disturbs less), with what is
@@ -84,17 +84,29 @@ class Bench:
         for at in range(0, len(jobs), batch):
             part = jobs[at : at + batch]
             longest = max(len(job.prompt) for job in part)
-            ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in part])
-            mask = torch.tensor([[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in part])
+            blanks = [longest - len(job.prompt) for job in part]
+            ids = [[0] * blank + job.prompt for blank, job in zip(blanks, part, strict=True)]
+            mask = [[0] * blank + [1] * (longest - blank) for blank in blanks]
             self.peer.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max(job.num_tokens for job in part),
-                do_sample=False, pad_token_id=0,
-            )  # fmt: skip
+                input_ids=torch.tensor(ids, device=self.peer.device),
+                attention_mask=torch.tensor(mask, device=self.peer.device),
+                max_new_tokens=max(job.num_tokens for job in part),
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    def wait(self) -> None:
+        import torch
+
+        if self.peer.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def time(self, work: Callable[[], None]) -> Seconds:
         self.forget()
+        self.wait()
         wall, processor = time.perf_counter(), time.process_time()
         work()
+        self.wait()
         return Seconds(time.perf_counter() - wall, time.process_time() - processor)
 
     def rounds(self, *works: Callable[[], None], times: int = 1) -> list[list[Seconds]]:
@@ -102,7 +114,7 @@ class Bench:
         return [[self.time(work) for work in works] for _ in range(times * self.runs + 1)][1:]
 
 
-def make_bench(size: str, dtype: str, runs: int) -> Bench:
+def make_bench(size: str, dtype: str, runs: int, device: str = "cpu") -> Bench:
     import copy
 
     import torch
@@ -113,9 +125,9 @@ def make_bench(size: str, dtype: str, runs: int) -> Bench:
     config = transformers.Qwen3Config(**SIZES[size], max_position_embeddings=2048, tie_word_embeddings=True,
                                       eos_token_id=None, bos_token_id=None)  # fmt: skip
     torch.manual_seed(0)
-    peer = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    peer = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval().to(device)
     peer.set_attn_implementation("sdpa")
-    print(f"{peer.num_parameters() / 1e6:.0f} M parameters, {dtype}, {torch.get_num_threads()} threads")
+    print(f"{peer.num_parameters() / 1e6:.0f} M parameters, {dtype}, {device}, {torch.get_num_threads()} threads")
     return Bench(Engine(copy.deepcopy(peer)), peer, runs)
 
 
@@ -180,13 +192,14 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5, help="counted rounds (default: 5)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--size", choices=SIZES, default="34m")
+    parser.add_argument("--device", default="cpu", help="where torch runs both sides (default: cpu)")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     torch.set_num_threads(args.threads)
-    bench = make_bench(args.size, args.dtype, args.runs)
+    bench = make_bench(args.size, args.dtype, args.runs, args.device)
     measure_throughput(bench, 8)
     measure_throughput(bench, 32)
     bench.limit(64)

@@ -51,13 +51,13 @@ def reference(family: str = "qwen3", seed: int = 0) -> Any:
 @torch.inference_mode()
 def true_logprobs(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     """Log-probabilities after each position [tokens, vocabulary], by one plain run of the model."""
-    logits = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
+    logits = model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False).logits[0]
     return torch.log_softmax(logits.float(), -1)
 
 
 def true_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What transformers generates, greedily."""
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=model.device)
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
     )

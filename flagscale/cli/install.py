@@ -12,26 +12,30 @@ if TYPE_CHECKING:
 SUMMARY = "get a backend for a chip: fetch it, patch it, install it or put it on the path of jobs"
 
 
-def install(pin: "Pin", chip: str, dry_run: bool, replace: bool) -> int:
+def install(pin: "Pin", chip: str, dry_run: bool, replace: bool, without_chip: bool = False) -> int:
     """Returns the exit code: 1 where the backend is there and something that it needs is not.
+
+    without_chip: also where this machine does not have the chip that a wheel is for
 
     Raises:
         SourceError: it cannot be had here for this chip; nothing was downloaded.
     """
+    from flagscale.chips.probe import probe_host
     from flagscale.cli.doctor import find_version
     from flagscale.cli.source import fetch
     from flagscale.env import root_dir, source_dir
     from flagscale.patch.chiptree import load_layers
-    from flagscale.patch.installation import check_way, find_missing, list_commands, run_commands
+    from flagscale.patch.installation import WHEELS, check_way, find_built, find_missing, list_commands, run_commands
 
     layers = load_layers(root_dir() / "hardware", pin.name, chip)
     tree = source_dir(pin.name, chip if layers else None)
-    installed = find_version(pin.project) if pin.on_path is None else None
+    program = find_built(pin, chip, tree)
+    installed = find_version(pin.project) if pin.on_path is None and not program else None
     commands: tuple[tuple[str, ...], ...] = ()
     if installed:
         check_version(pin, installed)
     else:
-        check_way(pin, chip)
+        check_way(pin, chip, chip if without_chip or pin.on_path is not None else probe_host().chip.name)
         commands = list_commands(pin, chip, tree)
     if dry_run:
         print(f"would fetch {pin.project} {pin.version} into {tree}" + f", patched for {chip}" * bool(layers))
@@ -39,8 +43,11 @@ def install(pin: "Pin", chip: str, dry_run: bool, replace: bool) -> int:
         return 0
     fetch(pin, source_dir(pin.name), (chip,) if layers else (), replace)
     run_commands(pin, chip, commands)
+    if program:
+        print(f"{pin.name}: built for {chip}; a service finds it by `--bin-dir {program.parent}`")
+        return 0
     if pin.on_path is None:
-        patch_package(pin, layers)
+        patch_package(pin, layers if installed or (pin.backend, chip) in WHEELS else ())
         return 0
     print(f"{pin.backend}: on the path of every job on {chip}, from {tree}")
     missing = find_missing(pin)
@@ -110,6 +117,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", required=True, help="a chip, as hostfiles name it: cpu, A800, mlu")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--replace", action="store_true", help="discard a source that was changed")
+    parser.add_argument(
+        "--without-chip", action="store_true", help="take the chip's wheel though this machine has no such chip"
+    )
     args = parser.parse_args(argv)
     pin = find_pin(args.backend, root_dir() / "third_party")
-    return install(pin, name_chip(args.device), args.dry_run, args.replace)
+    return install(pin, name_chip(args.device), args.dry_run, args.replace, args.without_chip)

@@ -76,21 +76,28 @@ def find_chips(words: Sequence[str], backend: str) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(names) if name in patched)
 
 
-def fetch(pin: "Pin", dest_dir: Path, chips: Sequence[str], replace: bool) -> int:
-    """Fetch a source, and lay the trees of chips beside it."""
+def fetch(pin: "Pin", dest_dir: Path, chips: Sequence[str], replace: bool, repository: str | None = None) -> int:
+    """Fetch a source, and lay the trees of chips beside it.
+
+    repository: of git, to take the pinned commit from; None is the package index
+    """
     import time
 
     from flagscale.env import root_dir
     from flagscale.patch.chiptree import lay_tree, load_layers
+    from flagscale.patch.index import without_login
     from flagscale.patch.source import fetch_source
 
     mib = 1 << 20
     size = f"{-(-pin.size_bytes // mib)} MiB to download, {-(-pin.disk_bytes // mib)} MiB on disk"
     tag = f" ({pin.tag})" if pin.tag else ""
-    print(f"{pin.name}: {pin.project} {pin.version}{tag} into {dest_dir}; {size}", file=sys.stderr)
+    if repository is None:
+        print(f"{pin.name}: {pin.project} {pin.version}{tag} into {dest_dir}; {size}", file=sys.stderr)
+    else:
+        print(f"{pin.name}: commit {pin.commit} of {without_login(repository)} into {dest_dir}", file=sys.stderr)
     begun = time.monotonic()
     with show_progress() as progress:
-        fetch_source(pin, dest_dir, progress, replace=replace)
+        fetch_source(pin, dest_dir, progress, replace, repository)
         print(f"{pin.name}: ready in {dest_dir} ({time.monotonic() - begun:.0f} s)")
         for chip in chips:
             lay_tree(pin, dest_dir, chip, load_layers(root_dir() / "hardware", pin.name, chip), progress, replace)
@@ -151,9 +158,17 @@ def main(argv: list[str]) -> int:
     fetching = actions.choices["fetch"]
     fetching.add_argument("--replace", action="store_true", help="discard a source that was changed")
     fetching.add_argument("--device", action="append", default=[], help="patch for this chip, not for this machine's")
+    fetching.add_argument(
+        "--from-git",
+        nargs="?",
+        const="",
+        metavar="URL",
+        help="take the pinned commit from git, not an archive from the package index; default: the pin's repository",
+    )
     actions.choices["status"].add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args(argv)
     pin = find_pin(args.backend, root_dir() / "third_party")
     if args.action == "fetch":
-        return fetch(pin, source_dir(pin.name), find_chips(args.device, pin.name), args.replace)
+        repository = pin.repository if args.from_git == "" else args.from_git
+        return fetch(pin, source_dir(pin.name), find_chips(args.device, pin.name), args.replace, repository)
     return report(pin, source_dir(pin.name), args.json)

@@ -94,7 +94,8 @@ def build_unpatched(tree: Path, fresh: Path, record: Record | None) -> Unpatched
         files |= _put_base_back(tree, fresh, record)
         folders = [*(name for name in folders if (fresh / name).is_dir()), *(name for name, _ in record.lost_dirs)]
     copy_folder_modes(tree, fresh, (name for name in folders if (tree / name).is_dir()))
-    return Unpatched({name: stat.S_IMODE(os.stat(f"{fresh}/{name}").st_mode) for name in folders}, files)  # noqa: PTH116
+    top = str(fresh)
+    return Unpatched({name: stat.S_IMODE(os.stat(f"{top}/{name}").st_mode) for name in folders}, files)  # noqa: PTH116
 
 
 def _put_base_back(tree: Path, fresh: Path, record: Record) -> Linked:
@@ -103,18 +104,19 @@ def _put_base_back(tree: Path, fresh: Path, record: Record) -> Linked:
     Raises:
         PatchError: a file of somebody's stands where a folder or file has to come back.
     """
+    base, top = f"{tree}/{BASE_DIR}", str(fresh)
     try:
         for name, mode in record.lost_dirs:
             (fresh / name).mkdir(exist_ok=True)
             (fresh / name).chmod(mode)
         for name, kept in record.kept.items():
-            if not os.path.isdir(f"{fresh}/{name.rpartition('/')[0]}"):  # noqa: PTH112
+            if not os.path.isdir(f"{top}/{name.rpartition('/')[0]}"):  # noqa: PTH112
                 (fresh / name).parent.mkdir(parents=True)
-            link_file(f"{tree}/{BASE_DIR}/{kept}", f"{fresh}/{name}")
+            link_file(f"{base}/{kept}", f"{top}/{name}")
     except (FileExistsError, NotADirectoryError) as error:
         name = str(Path(error.filename2 or error.filename).relative_to(fresh))
         raise PatchError(f"{tree / name} is in the way of an upstream file; move it elsewhere") from None
-    return {name: os.lstat(f"{fresh}/{name}") for name in record.kept}
+    return {name: os.lstat(f"{top}/{name}") for name in record.kept}
 
 
 def _remove_made_folders(fresh: Path, record: Record) -> None:
@@ -133,7 +135,7 @@ def build_patched(hold: Hold, fresh: Path, unpatched: Unpatched, fit: Fit, draft
     """
     names = set(fit.expected)
     kept = _keep_base(fresh, fit.base.keys(), fit.made.keys())
-    _write_made(hold, fresh, fit.made, unpatched.files)
+    _write_made(fresh, fit.made, unpatched.files)
     apply_diff(fresh, fit.rest, hold.work, pass_fds=(hold.lock,))
     found = {name: content.digest for name, content in read_contents(fresh, names - fit.made.keys()).items()}
     found |= {name: Digest(fit.base[name].mode, fit.expected[name] or "") for name in fit.made}
@@ -182,28 +184,26 @@ def _keep_base(fresh: Path, names: Set[str], moved: Set[str]) -> dict[str, str]:
     base.mkdir(parents=True)
     caches = caches_of(fresh, names)
     kept = {name: str(number) for number, name in enumerate((*sorted(names), *caches))}
+    top, end = str(fresh), str(base)
     for name in names - moved:
-        link_file(f"{fresh}/{name}", f"{base}/{kept[name]}")
+        link_file(f"{top}/{name}", f"{end}/{kept[name]}")
     for name in (*moved, *caches):
-        os.rename(f"{fresh}/{name}", f"{base}/{kept[name]}")  # noqa: PTH104
+        os.rename(f"{top}/{name}", f"{end}/{kept[name]}")  # noqa: PTH104
     return kept
 
 
-def _write_made(hold: Hold, fresh: Path, made: Mapping[str, bytes], old: Linked) -> None:
-    """Write the files that need no git, with the permissions and owners of what they were.
-
-    They are made in one folder and moved: in many new folders a file system takes long to place new files.
-    """
-    place = hold.work / "made"
-    place.mkdir()
-    for number, (name, data) in enumerate(made.items()):
-        path = f"{place}/{number}"
-        with open(path, "xb", buffering=0) as file:  # noqa: PTH123
-            file.write(data)
+def _write_made(fresh: Path, made: Mapping[str, bytes], old: Linked) -> None:
+    """Write the files that need no git, with the permissions and owners of what they were."""
+    top = str(fresh)
+    for name, data in made.items():
+        file = os.open(f"{top}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            while data:
+                data = data[os.write(file, data) :]
             if name in old:
-                _match(file.fileno(), old[name])
-        os.rename(path, f"{fresh}/{name}")  # noqa: PTH104
-    place.rmdir()
+                _match(file, old[name])
+        finally:
+            os.close(file)
 
 
 def _match(file: int, was: os.stat_result) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from flagscale.patch.diffs import show_name
 from flagscale.patch.release import Place, load_release
 from flagscale.patch.series import Series
-from flagscale.patch.tree import Content
-from flagscale.patch.verify import CARRIED, KINDS, Kind, Symbols, Trial, Verdict, find_symbols, try_release
+from flagscale.patch.verify import CARRIED, KINDS, Bases, Kind, Symbols, Trial, Verdict, find_symbols, try_release
 
 SIGNS: dict[Kind, str] = {"clean": "+", "three-way": "3", "conflict": "X", "already upstream": "u", "obsolete": "o"}
 COLOURS: dict[Kind, str] = {
@@ -24,8 +23,6 @@ COLOURS: dict[Kind, str] = {
 }
 BAR_WIDTH = 40
 
-Bases = Mapping[str, Mapping[str, Content]]
-
 
 def wanted_names(layers: Sequence[Series]) -> frozenset[str]:
     return frozenset(name for layer in layers for patch in layer.patches for name in patch.names)
@@ -33,13 +30,7 @@ def wanted_names(layers: Sequence[Series]) -> frozenset[str]:
 
 def collect_symbols(layers: Sequence[Series], bases: Bases, home: Place | None) -> dict[str, Symbols]:
     """What every patch changes; `home` is the release it was made for, to see what was used there."""
-    python = list(load_release(home, frozenset()).python) if home else []
-    return {
-        key: find_symbols(patch, bases.get(key, {}), python)
-        for layer in layers
-        for patch in layer.patches
-        if (key := f"{layer.name}/{patch.name}")
-    }
+    return find_symbols(layers, bases, load_release(home, frozenset()).python if home else ())
 
 
 def try_place(place: Place, layers: Sequence[Series], bases: Bases, symbols: Mapping[str, Symbols]) -> list[Trial]:

@@ -143,35 +143,31 @@ def _hunks(lines: list[bytes]) -> Iterator[Hunk]:
 
 
 PLAIN_HEAD = re.compile(
-    rb"diff --git [^\n]*\nindex [0-9a-f]+\.\.[0-9a-f]+ 100(?:644|755)\n--- [^\n]*\n\+\+\+ [^\n]*\n(?=@@ )"
+    rb"diff --git [^\n]*\nindex [0-9a-f]+\.\.[0-9a-f]+ 100(?:644|755)\n--- [^\n]*\n\+\+\+ [^\n]*(?=\n@@ )"
 )
+PLACE = re.compile(rb"-(\d+)")
 
 
 def apply_plain(old: bytes, diff: bytes) -> bytes | None:
     """What the diff of a single file makes of exactly the file that it was made of; None where that takes git.
 
     It takes git for all but changed lines of a regular file whose every line is where the diff says it is. The caller
-    compares the result with the hash that is promised.
+    compares the result with the hash that is promised, which covers the lines that are in no hunk.
     """
     head = PLAIN_HEAD.match(diff)
     if head is None or b"\n\\ No newline" in diff:
         return None
-    source, rows = old.split(b"\n"), diff[head.end() :].split(b"\n")
+    source = old.split(b"\n")
     out: list[bytes] = []
     done = 0
-    for row in rows[:-1]:
-        sign, text = row[:1], row[1:]
-        if sign == b"@" and (found := HUNK.match(row)):
-            start = int(found[1]) - (found[2] != b"0")
-            out += source[done:start]
-            done = max(start, done)
-        elif sign in (b" ", b"-"):
-            if source[done : done + 1] != [text]:
-                return None
-            out += [text] if sign == b" " else []
-            done += 1
-        elif sign == b"+":
-            out.append(text)
-        else:
+    for hunk in diff[head.end() :].removesuffix(b"\n").split(b"\n@@ ")[1:]:
+        place, *rows = hunk.split(b"\n")
+        found = PLACE.match(place)
+        before = [row[1:] for row in rows if row[:1] != b"+"]
+        start = int(found[1]) - bool(before) if found else 0
+        if found is None or source[start : start + len(before)] != before:
             return None
+        out += source[done:start]
+        out += [row[1:] for row in rows if row[:1] != b"-"]
+        done = start + len(before)
     return b"\n".join([*out, *source[done:]])

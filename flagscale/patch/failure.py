@@ -88,12 +88,18 @@ def find_place(lines: Sequence[bytes], hunk: Hunk) -> int:
 
 
 def find_mover(upstream: Upstream, name: str, hunk: Hunk, files: Mapping[str, Content]) -> str | None:
-    """`<commit> <date> <subject>` of the last commit that changed the lines a hunk expects, where git knows it."""
+    """`<commit> <date> <subject>` of the last commit that changed the lines a hunk expects, where git knows it.
+
+    None too where upstream's file still has the lines: then they were changed here.
+    """
     if upstream.commit is None:
         return None
     present = set(files[name].data.split(b"\n")) if name in files else set()
     gone = [line for line in hunk.before if line.strip() and line not in present]
     sought = gone[0] if gone else b"\n".join(hunk.before)
+    original = upstream.read(name)
+    if original and b"\n%b\n" % sought in b"\n%b\n" % original.data:
+        return None
     return _last_commit(upstream, f"-S{os.fsdecode(sought)}", name=name)
 
 

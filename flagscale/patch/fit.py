@@ -160,9 +160,8 @@ def find_broken_python(patch: Patch, before: Mapping[str, Content], after: Mappi
     for change in patch.changes:
         if not change.new or not change.new.endswith(".py") or change.new not in after:
             continue
-        if change.old and change.old in before and find_syntax_error(before[change.old]):
-            continue
-        if error := find_syntax_error(after[change.new]):
+        error = find_syntax_error(after[change.new])
+        if error and not (change.old and change.old in before and find_syntax_error(before[change.old])):
             return f"{change.new} is no Python any more: {error}"
     return None
 
@@ -204,9 +203,19 @@ def _merge(
     return (replace(misfit, why=broken), None) if broken else (None, f"{patch.name}: merged with its base")
 
 
+def make_result(patch: Patch, base: Files) -> Mapping[str, Content]:
+    """What a patch makes of the files that it was made for."""
+    if len(base) == 1:
+        ((name, content),) = base.items()
+        data = apply_plain(content.data, patch.diff)
+        if data is not None and hash_bytes(data) == patch.result.get(name):
+            return {name: Content(content.mode, data)}
+    return try_patches(base, [patch.diff]).results
+
+
 def merge_patch(patch: Patch, ours: Mapping[str, Content], base: Files) -> tuple[Files, int]:
     """Merge what a patch makes of its base into `ours`; returns the files and how many places are left open."""
-    theirs = try_patches(base, [patch.diff]).results
+    theirs = make_result(patch, base)
     merged: Files = {}
     conflicts = 0
     for change in patch.changes:

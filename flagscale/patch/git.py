@@ -204,7 +204,8 @@ def merge_contents(ours: bytes, base: bytes, theirs: bytes, labels: tuple[str, s
 
     Binary files that both changed are one conflict, and stay `ours`.
     """
-    with _scratch() as scratch:
+    with tempfile.TemporaryDirectory(prefix="flagscale-patch-") as name:
+        scratch = Path(name)  # a folder without a repository: git needs none for this
         for name, data in (("ours", ours), ("base", base), ("theirs", theirs)):
             (scratch / name).write_bytes(data)
         words = ["merge-file", "-p", *(word for label in labels for word in ("-L", label)), "ours", "base", "theirs"]

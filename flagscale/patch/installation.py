@@ -24,7 +24,7 @@ RUNTIME = {
 """What a backend that is imported from its tree needs beside it."""
 
 WHEELS = {("vllm", "NVIDIA"), ("sglang", "NVIDIA")}
-"""(backend, chip) for which the index's wheel was built."""
+"""(backend, chip) for which the index's wheel was built. With the CUDA libraries it requires it takes gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,15 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """How a backend is built for a chip: the commands, run one after the other, `{tree}` being its source."""
+    """How a backend is built for a chip: the commands, run one after the other, `{tree}` being its source.
+
+    program: what is built, below the folder that holds the source; "" for a package of this interpreter
+    """
 
     needs: tuple[Need, ...]
     commands: tuple[tuple[str, ...], ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    program: str = ""
 
 
 def _program(name: str, remedy: str) -> Need:
@@ -87,8 +91,9 @@ BUILDS = {
         commands=(
             ("cmake", "-S", "{tree}", "-B", "{tree}/../build", "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF",
              "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DBUILD_SHARED_LIBS=OFF"),
-            ("cmake", "--build", "{tree}/../build", "--target", "llama-server", "--parallel"),
+            ("cmake", "--build", "{tree}/../build", "--target", "llama-server", "--parallel", "{cores}"),
         ),
+        program="build/bin/llama-server",
     ),
 }  # fmt: skip
 """(backend, chip) for which upstream's source can be built."""
@@ -99,12 +104,28 @@ def find_missing(pin: Pin) -> tuple[str, ...]:
     return tuple(name for name in RUNTIME.get(pin.backend, ()) if not has_module(name))
 
 
-def check_way(pin: Pin, chip: str) -> None:
+def find_built(pin: Pin, chip: str, tree: Path) -> Path | None:
+    """Where the program is, or will be, that is built of the source at `tree`; None for what is no program."""
+    build = BUILDS.get((pin.backend, chip))
+    return tree.parent / build.program if build and build.program else None
+
+
+def check_way(pin: Pin, chip: str, here: str) -> None:
     """
+    here: the chip of this machine
+
     Raises:
         SourceError: this backend cannot be installed here for this chip; with everything that is missing.
     """
-    if pin.on_path is not None or (pin.backend, chip) in WHEELS:
+    if pin.on_path is not None:
+        return
+    if (pin.backend, chip) in WHEELS:
+        if chip != here:
+            raise SourceError(
+                f"{pin.project} {pin.version} for {chip} is a wheel that brings gigabytes of libraries for that chip, "
+                f"and this machine has none ({here}): run this where the chip is; or, where one comes later, as in the "
+                "build of an image, with --without-chip"
+            )
         return
     build = BUILDS.get((pin.backend, chip))
     if build is None:
@@ -127,8 +148,9 @@ def list_commands(pin: Pin, chip: str, tree: Path) -> tuple[tuple[str, ...], ...
         return ()
     if (pin.backend, chip) in WHEELS:
         return ((sys.executable, "-m", "pip", "install", f"{pin.project}=={pin.version}"),)
-    commands = BUILDS[pin.backend, chip].commands
-    return tuple(tuple(word.replace("{tree}", str(tree)) for word in command) for command in commands)
+    words = {"{tree}": str(tree), "{tree}/../build": str(tree.parent / "build")}
+    words["{cores}"] = str(len(os.sched_getaffinity(0)))
+    return tuple(tuple(words.get(word, word) for word in command) for command in BUILDS[pin.backend, chip].commands)
 
 
 def run_commands(pin: Pin, chip: str, commands: Sequence[Sequence[str]]) -> None:
@@ -137,6 +159,7 @@ def run_commands(pin: Pin, chip: str, commands: Sequence[Sequence[str]]) -> None
     Raises:
         SourceError: one failed.
     """
+    sys.stdout.flush()
     build = BUILDS.get((pin.backend, chip))
     env = {**os.environ, "SETUPTOOLS_SCM_PRETEND_VERSION": pin.version, **(build.env if build else {})}
     for command in commands:

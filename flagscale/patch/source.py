@@ -8,6 +8,7 @@ Whatever moment a fetch is cut off at, the folder holds either the tree it held 
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from flagscale.errors import SourceError
 from flagscale.patch.extension import Extension, build_extension
-from flagscale.patch.gittree import commit_upstream, find_git
+from flagscale.patch.gittree import archive_commit, commit_upstream, find_git
 from flagscale.patch.index import Progress, download, ignore_progress
 from flagscale.patch.pins import Pin
 from flagscale.patch.unpack import DERIVED_SUFFIXES, unpack
@@ -147,6 +148,20 @@ def _bring_archive(pin: Pin, folder: Path, progress: Progress) -> Path:
     return archive
 
 
+def _bring_commit(pin: Pin, repository: str, folder: Path, progress: Progress) -> Path:
+    """The files of the pinned commit as an archive in `folder`."""
+    if pin.commit is None:
+        raise SourceError(
+            f"the pin of {pin.name} does not say which commit {pin.version} is, so that no repository can be checked "
+            "against it: fetch without --from-git"
+        )
+    archive = folder / f".{pin.name}.tar.part"
+    progress("download", 0, 1)
+    archive_commit(repository, pin.commit, pin.tag, archive)
+    progress("download", 1, 1)
+    return archive
+
+
 def _build(pin: Pin, tree: Path, progress: Progress) -> dict[str, str]:
     built: dict[str, str] = {}
     for done, extension in enumerate(pin.extensions):
@@ -172,17 +187,24 @@ def _refuse_to_overwrite(status: SourceStatus, dest_dir: Path) -> None:
     )
 
 
-def fetch_source(pin: Pin, dest_dir: Path, progress: Progress = ignore_progress, replace: bool = False) -> Path:
+def fetch_source(
+    pin: Pin,
+    dest_dir: Path,
+    progress: Progress = ignore_progress,
+    replace: bool = False,
+    repository: str | None = None,
+) -> Path:
     """Make `dest_dir` hold the pinned source, ready to be put on PYTHONPATH, and return it.
 
     What is there and right is kept; a tree of an older pin is replaced if nobody touched it.
 
     progress: called with (step, done, total), the step one of download, unpack, commit, build
     replace: discard a tree that someone has changed
+    repository: of git, to take the pinned commit from, in place of the archive of the package index
 
     Raises:
-        SourceError: the archive cannot be had or is not the pinned one, a module cannot be built, or someone has
-            changed the tree.
+        SourceError: the archive or the commit cannot be had or is not the pinned one, a module cannot be built, or
+            someone has changed the tree.
     """
     find_git()
     folder = dest_dir.parent
@@ -198,10 +220,14 @@ def fetch_source(pin: Pin, dest_dir: Path, progress: Progress = ignore_progress,
             return dest_dir
         if status.changed and not replace:
             _refuse_to_overwrite(status, dest_dir)
-        archive = _bring_archive(pin, folder, progress)
+        if repository is None:
+            source, archive = pin, _bring_archive(pin, folder, progress)
+        else:
+            archive = _bring_commit(pin, repository, folder, progress)
+            source = dataclasses.replace(pin, top="", archive=archive.name)
         fresh = folder / ".new-src"
         fresh.mkdir()
-        unpack(pin, archive, fresh, progress)
+        unpack(source, archive, fresh, progress)
         progress("commit", 0, 1)
         commit = commit_upstream(fresh, f"{pin.project} {pin.version}", IGNORED)
         progress("commit", 1, 1)

@@ -17,7 +17,7 @@ import functools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from flagscale.patch.tree import CACHE_DIR, STATE_DIR, Digest, read_digest
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 BUILDING = "building"
+MAX_OPEN = 128
+NUM_THREADS = 8
 BASE_DIR = f"{STATE_DIR}/base"
 
 Linked = dict[str, os.stat_result]
@@ -127,11 +129,12 @@ def link_tree(src: Path, dst: Path, is_left: Callable[[str], bool]) -> tuple[lis
 
 def copy_folder_modes(src: Path, dst: Path, folders: Iterable[str]) -> None:
     """Give folders of `dst` the modes of `src`; times stay, because Python's importer looks for news by them."""
+    old, new = str(src), str(dst)
     for name in ("", *folders):
-        wanted = stat.S_IMODE(os.stat(f"{src}/{name}").st_mode)  # noqa: PTH116
+        wanted = stat.S_IMODE(os.stat(f"{old}/{name}").st_mode)  # noqa: PTH116
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            if stat.S_IMODE(os.stat(f"{dst}/{name}/").st_mode) != wanted:  # noqa: PTH116
-                os.chmod(f"{dst}/{name}/", wanted)  # noqa: PTH101
+            if stat.S_IMODE(os.stat(f"{new}/{name}/").st_mode) != wanted:  # noqa: PTH116
+                os.chmod(f"{new}/{name}/", wanted)  # noqa: PTH101
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -179,8 +182,9 @@ def _remove_tree(folder: Path) -> None:
 
 
 def _open_folders(top: Path, folders: Iterable[str]) -> None:
+    start = str(top)
     for name in ("", *folders):
-        if not os.access(f"{top}/{name}", os.W_OK | os.X_OK):
+        if not os.access(f"{start}/{name}", os.W_OK | os.X_OK):
             (top / name).chmod(0o700)
 
 
@@ -198,14 +202,13 @@ def remove_old(hold: Hold, linked: Linked, made: Callable[[str], bool]) -> Path 
     kept_inodes = {entry.inode() for entry in os.scandir(base)} if base.is_dir() else set()
     has_copy = _make_has_copy(old, hold.tree)
     _open_folders(old, folders)
+    start = str(old)
     for name, entry in files.items():
         inode = entry.inode()
         is_linked = inode in kept_inodes or (name in linked and inode == linked[name].st_ino)
         if is_linked or made(name) or has_copy(name):
-            os.unlink(f"{old}/{name}")  # noqa: PTH108
-    for name in reversed(folders):
-        with contextlib.suppress(OSError):  # what is kept is in it
-            os.rmdir(f"{old}/{name}")  # noqa: PTH106
+            os.unlink(f"{start}/{name}")  # noqa: PTH108
+    _remove_folders(start, folders[::-1])
     if (old / STATE_DIR).exists():
         _remove_tree(old / STATE_DIR)
     kept = None
@@ -217,6 +220,24 @@ def remove_old(hold: Hold, linked: Linked, made: Callable[[str], bool]) -> Path 
         old.rmdir()
     hold.work.rmdir()
     return kept
+
+
+def _remove_folders(top: str, names: Sequence[str]) -> None:
+    """Remove those of the folders that are empty; innermost first.
+
+    They are held open meanwhile and let go side by side, for it is then that a file system frees what they took: one
+    that tells the disk of it at once (ext4 without a journal, mounted with `discard`) takes some milliseconds for each.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    for begin in range(0, len(names), MAX_OPEN):
+        opened = []
+        for name in names[begin : begin + MAX_OPEN]:
+            opened.append(os.open(f"{top}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            with contextlib.suppress(OSError):  # what is kept is in it
+                os.rmdir(f"{top}/{name}")  # noqa: PTH106
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            list(pool.map(os.close, opened))
 
 
 def _make_has_copy(old: Path, new: Path) -> Callable[[str], bool]:
@@ -247,9 +268,10 @@ def remove_leftovers(hold: Hold) -> None:
 def see_results(tree: Path, record: Record | None) -> Seen:
     """What the touched files are now, to know later that they are still what they were compared as."""
     found = {}
+    start = str(tree)
     for name in record.touched if record else ():
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            now = os.lstat(f"{tree}/{name}")
+            now = os.lstat(f"{start}/{name}")
             found[name] = (now.st_ino, now.st_ctime_ns)
     return found
 
@@ -261,12 +283,13 @@ def made_by_record(old: Path, seen: Seen | None = None) -> Callable[[str], bool]
     """
     record = load_record(old)
     touched = record.touched if record else {}
+    start = str(old)
 
     def made(name: str) -> bool:
         if name not in touched:
             return cached_source(name) in touched
         if seen and name in seen:
-            now = os.lstat(f"{old}/{name}")
+            now = os.lstat(f"{start}/{name}")
             if seen[name] == (now.st_ino, now.st_ctime_ns):
                 return True
         return read_digest(old, name) == touched[name].result

@@ -10,17 +10,20 @@ from collections.abc import Iterable, Iterator
 
 from flagscale.patch.diffs import read_hunks
 
-WORD = re.compile(rb"[A-Za-z_]\w*")
+WORD = re.compile(rb"[A-Za-z_\x80-\xff][\w\x80-\xff]*")
+BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def _definitions(node: ast.AST, above: str = "") -> Iterator[tuple[str, Definition]]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield above + child.name, child
-            yield from _definitions(child, f"{above}{child.name}.")
-        else:
-            yield from _definitions(child, above)
+    """What a node defines, by its dotted name; looked for in blocks only, since no expression holds a definition."""
+    for block in BLOCKS:
+        for child in getattr(node, block, ()):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield above + child.name, child
+                yield from _definitions(child, f"{above}{child.name}.")
+            else:
+                yield from _definitions(child, above)
 
 
 def _parse(data: bytes) -> ast.AST | None:
@@ -71,16 +74,20 @@ def _used_names(tree: ast.AST) -> Iterator[str]:
             yield node.value.rpartition(".")[2]
 
 
+def _is_mentioned(word: bytes, data: bytes) -> bool:
+    """Whether a file has a word elsewhere than where something of that name is defined."""
+    return data.count(word) > data.count(b"def " + word) + data.count(b"class " + word)
+
+
 def find_unused(names: Iterable[str], files: Iterable[bytes]) -> frozenset[str]:
     """Those of the dotted names whose last part no file uses; names that Python itself calls count as used."""
-    last = {name.rpartition(".")[2]: name for name in names}
-    left = {word for word in last if not (word.startswith("__") and word.endswith("__"))}
+    last = {name: name.rpartition(".")[2] for name in names}
+    left = {word.encode() for word in last.values() if not (word.startswith("__") and word.endswith("__"))}
     for data in files:
         if not left:
             break
-        if not any(word.encode() in data for word in left):
-            continue
-        tree = _parse(data)
-        if tree:
-            left -= set(_used_names(tree))
-    return frozenset(last[word] for word in left)
+        mentioned = left.intersection(WORD.findall(data))
+        if any(_is_mentioned(word, data) for word in mentioned) and (tree := _parse(data)):
+            used = set(_used_names(tree))
+            left = {word for word in left if word.decode() not in used}
+    return frozenset(name for name, word in last.items() if word.encode() in left)

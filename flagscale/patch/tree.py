@@ -64,9 +64,10 @@ def read_contents(tree: Path, names: Iterable[str]) -> dict[str, Content]:
     """Those of the files that are there: see `read_content`. Strings and bare calls, for there may be thousands."""
     found: dict[str, Content] = {}
     folders: set[str] = set()
+    top = str(tree)
     for name in names:
         try:
-            if not _is_beyond_link(tree, name, folders) and (content := _read(f"{tree}/{name}")):
+            if not _is_beyond_link(top, name, folders) and (content := _read(f"{top}/{name}")):
                 found[name] = content
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
@@ -84,7 +85,7 @@ def _read(path: str) -> Content | None:
         return Content(mode, file.readall())
 
 
-def _is_beyond_link(tree: Path, name: str, folders: set[str]) -> bool:
+def _is_beyond_link(tree: str, name: str, folders: set[str]) -> bool:
     """Whether a folder above the file is a symlink; `folders` are known to be none, and grow."""
     above = name.rpartition("/")[0]
     while above and above not in folders:

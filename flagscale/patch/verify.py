@@ -12,7 +12,7 @@ For each patch and release there is one outcome, the first that holds:
 Where the result is no Python any more, though the release's file is, a clean or three-way patch is a conflict.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +27,9 @@ from flagscale.patch.tree import Content
 Kind = Literal["clean", "already upstream", "obsolete", "three-way", "conflict"]
 KINDS: tuple[Kind, ...] = ("clean", "three-way", "conflict", "already upstream", "obsolete")
 CARRIED: tuple[Kind, ...] = ("clean", "three-way")
+Bases = Mapping[str, Mapping[str, Content]]
+"""The files that each patch was made for, by its layer's and its own name: `Acme_X1/vllm/vllm/utils.py.patch`."""
+
 SIMILAR = 0.5
 """How many of its lines a file that moved must share with the one that is gone, as git has it for renames."""
 
@@ -63,29 +66,39 @@ class Symbols:
     used: frozenset[str]
 
 
-def find_symbols(patch: Patch, base: Mapping[str, Content], python: Sequence[bytes]) -> Symbols:
-    """What the patch changes; `python` are the sources of the release it was made for, to see what was used."""
+def find_symbols(layers: Sequence[Series], bases: Bases, python: Iterable[bytes]) -> dict[str, Symbols]:
+    """What every patch changes, by its layer's and its own name.
+
+    python: the sources of the release that the patches were made for, to see what was used
+    """
+    changed = {
+        f"{layer.name}/{patch.name}": _find_changed(patch, bases.get(f"{layer.name}/{patch.name}", {}))
+        for layer in layers
+        for patch in layer.patches
+    }
+    names = {key: frozenset[str]().union(*found.values()) for key, found in changed.items()}
+    unused = find_unused(frozenset[str]().union(*names.values()), python)
+    return {key: Symbols(found, names[key] - unused) for key, found in changed.items()}
+
+
+def _find_changed(patch: Patch, base: Mapping[str, Content]) -> dict[str, frozenset[str]]:
     changed = {}
-    parts = split_diff(patch.diff)
-    for change, part in zip(patch.changes, parts, strict=False):
+    for change, part in zip(patch.changes, split_diff(patch.diff), strict=False):
         if change.old and change.old.endswith(".py") and change.old in base:
             changed[change.old] = find_changed(base[change.old].data, part)
-    names = frozenset[str]().union(*changed.values())
-    return Symbols(changed, names - find_unused(names, python))
+    return changed
 
 
 def try_release(
-    release: Release,
-    layers: Sequence[Series],
-    base: Mapping[str, Mapping[str, Content]],
-    symbols: Mapping[str, Symbols],
+    release: Release, layers: Sequence[Series], bases: Bases, symbols: Mapping[str, Symbols]
 ) -> list[Trial]:
     """Try every patch of the layers, each over what the layers below it leave.
 
-    base: of a patch, by its layer's and its own name: the files it was made for, as far as they can be had
+    bases: of a patch, by its layer's and its own name: the files it was made for, as far as they can be had
     symbols: likewise, what it changes
     """
     now: Files = dict(release.files)
+    unused = find_unused(frozenset[str]().union(*(found.used for found in symbols.values())), release.python)
     trials = []
     for layer in layers:
         names = {name for patch in layer.patches for name in patch.names}
@@ -102,8 +115,8 @@ def try_release(
             elif failed.index(index) not in back.rejected:
                 trial = _settle(trial, "already upstream", {})
             else:
-                trial = _merge(trial, release, base.get(key, {}))
-            trials.append(_look_at_symbols(trial, release, symbols.get(key)))
+                trial = _merge(trial, release, bases.get(key, {}))
+            trials.append(_look_at_symbols(trial, symbols.get(key), unused))
             if trials[-1].verdict.kind in CARRIED:
                 for name, content in trials[-1].after.items():
                     if content is None:
@@ -166,8 +179,8 @@ def _share(one: set[bytes], other: set[bytes]) -> float:
     return len(one & other) / max(len(one), len(other))
 
 
-def _look_at_symbols(trial: Trial, release: Release, symbols: Symbols | None) -> Trial:
-    """Call a patch obsolete if all that it changes is gone, or is used by nobody any more."""
+def _look_at_symbols(trial: Trial, symbols: Symbols | None, unused: Set[str]) -> Trial:
+    """Call a patch obsolete if all that it changes is gone, or was used and is among the `unused` of the release."""
     if symbols is None or trial.verdict.kind in ("already upstream", "obsolete"):
         return trial
     gone: list[str] = []
@@ -180,9 +193,8 @@ def _look_at_symbols(trial: Trial, release: Release, symbols: Symbols | None) ->
     if gone and not kept:
         note = f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone"
         return replace(trial, verdict=replace(trial.verdict, kind="obsolete", note=note))
-    unused = find_unused(symbols.used & set(kept), release.python)
-    if unused and unused == set(kept):
-        note = f"nobody uses {', '.join(sorted(unused))} any more"
+    if kept and set(kept) <= symbols.used & unused:
+        note = f"nobody uses {', '.join(sorted(set(kept)))} any more"
         return replace(trial, verdict=replace(trial.verdict, kind="obsolete", note=note))
     return trial
 

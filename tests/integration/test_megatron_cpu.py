@@ -174,6 +174,7 @@ def test_tensor_parallel_gives_the_losses_of_one_rank(source: Path, one_rank: Ru
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_0.up", "rank_1.up"]
 
 
+@pytest.mark.slow
 def test_a_run_taken_up_again_is_the_run_that_never_stopped(source: Path, data: str, tmp_path: Path) -> None:
     args = resumable(data)
     saving = args | {"save": tmp_path / "whole", "load": tmp_path / "whole"}
@@ -251,18 +252,22 @@ def test_megatron_reads_the_token_files_that_we_write(source: Path, data: str) -
     assert second[-1] == 256
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"hiden_size": 3}, "error: unrecognized arguments: --hiden-size 3"),
-        ({"lr": "fast"}, "error: argument --lr: invalid float value: 'fast'"),
-        ({"lr_warmup_iters": 6}, "error: --lr-warmup-iters 6 is not less than 6"),
-        ({"tensor_model_parallel_size": 3}, "error: world size (2) is not divisible by total_model_size"),
-        ({"mock_data": False, "data_path": "no/such"}, "error: data_path: no such file: no/such.bin, no/such.idx"),
-        ({**MOE, "tensor_model_parallel_size": 2, "sequence_parallel": True}, "error: Bias in Moe is only supported"),
-        ({"sft": True}, "error: train_gpt.py pretrains on plain token sequences: it has no --sft"),
-    ],
-)
+WRONG = {
+    "error: unrecognized arguments: --hiden-size 3": {"hiden_size": 3},
+    "error: data_path: no such file: no/such.bin, no/such.idx": {"mock_data": False, "data_path": "no/such"},
+}
+WRONG_TOO = {
+    "error: argument --lr: invalid float value: 'fast'": {"lr": "fast"},
+    "error: --lr-warmup-iters 6 is not less than 6": {"lr_warmup_iters": 6},
+    "error: world size (2) is not divisible by total_model_size": {"tensor_model_parallel_size": 3},
+    "error: Bias in Moe is only supported": {**MOE, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "error: train_gpt.py pretrains on plain token sequences: it has no --sft": {"sft": True},
+}
+FAULTS = [pytest.param(args, message, id=message) for message, args in WRONG.items()]
+FAULTS += [pytest.param(args, message, id=message, marks=pytest.mark.slow) for message, args in WRONG_TOO.items()]
+
+
+@pytest.mark.parametrize(("args", "message"), FAULTS)
 def test_what_is_typed_wrong_is_one_line_and_no_traceback(source: Path, args: dict[str, Any], message: str) -> None:
     ran = run_entry(source, {**TINY, **args})
     assert ran.returncode == 2

@@ -4,12 +4,12 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from factories import ROOT
 
-from flagscale.chips import CHIPS
+from flagscale.chips import CHIPS, find_chip
 from flagscale.cli import install as verb
 from flagscale.errors import SourceError, UserError
 from flagscale.patch import installation
@@ -29,12 +29,12 @@ def test_ways_are_of_chips_and_backends_that_there_are() -> None:
 
 def test_a_backend_from_a_tree_needs_no_command_on_any_chip() -> None:
     for chip in CHIPS:
-        check_way(MEGATRON, chip.name)
+        check_way(MEGATRON, chip.name, "Generic_CPU")
         assert list_commands(MEGATRON, chip.name, Path("/tree")) == ()
 
 
 def test_a_wheel_is_taken_where_it_was_built_for_the_chip() -> None:
-    check_way(VLLM, "NVIDIA")
+    check_way(VLLM, "NVIDIA", "NVIDIA")
     assert list_commands(VLLM, "NVIDIA", Path("/tree")) == ((sys.executable, "-m", "pip", "install", "vllm==0.32.0"),)
 
 
@@ -42,19 +42,19 @@ def test_where_there_is_neither_wheel_nor_build_the_vendor_s_own_is_asked_for() 
     with pytest.raises(
         SourceError, match=r"sglang 0\.5\.23 is not installed, and for Generic_CPU .*vendor's own build"
     ):
-        check_way(SGLANG, "Generic_CPU")
+        check_way(SGLANG, "Generic_CPU", "Generic_CPU")
 
 
 def test_everything_that_a_build_lacks_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SourceError) as caught:
-        check_way(LLAMA, "Generic_CPU")
+        check_way(LLAMA, "Generic_CPU", "Generic_CPU")
     assert "2 things are missing" in str(caught.value)
     assert "a C++ compiler: apt install g++" in str(caught.value)
     assert "the program `cmake`: apt install cmake" in str(caught.value)
     with pytest.raises(SourceError, match=r"the program `ninja`.*\n.*the program `cargo`"):
-        check_way(VLLM, "Generic_CPU")
+        check_way(VLLM, "Generic_CPU", "Generic_CPU")
 
 
 def test_a_build_with_all_it_needs_has_commands_on_its_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +63,9 @@ def test_a_build_with_all_it_needs_has_commands_on_its_tree(tmp_path: Path, monk
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    check_way(LLAMA, "Generic_CPU")
+    check_way(LLAMA, "Generic_CPU", "Generic_CPU")
     configure, build = list_commands(LLAMA, "Generic_CPU", Path("/tp/llama.cpp/src"))
-    assert configure[:5] == ("cmake", "-S", "/tp/llama.cpp/src", "-B", "/tp/llama.cpp/src/../build")
+    assert configure[:5] == ("cmake", "-S", "/tp/llama.cpp/src", "-B", "/tp/llama.cpp/build")
     assert "llama-server" in build
 
 
@@ -108,9 +108,31 @@ def test_a_dry_run_says_what_would_be_done(capsys: pytest.CaptureFixture[str], n
     said = capsys.readouterr().out
     assert "would fetch megatron-core 0.19.2 into" in said
     assert "Megatron-LM/Generic_CPU, patched for Generic_CPU" in said
-    assert verb.main(["--backend", "vllm", "--device", "A800", "--dry-run"]) == 0
+    assert verb.main(["--backend", "vllm", "--device", "A800", "--without-chip", "--dry-run"]) == 0
     assert "would run: " in capsys.readouterr().out
     assert nothing_done == []
+
+
+def test_a_wheel_of_gigabytes_is_not_taken_where_its_chip_is_not(
+    nothing_done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flagscale.chips.probe.probe_host", lambda: SimpleNamespace(chip=find_chip("cpu")))
+    with pytest.raises(SourceError, match=r"this machine has none \(Generic_CPU\).* --without-chip"):
+        verb.main(["--backend", "vllm", "--device", "A800"])
+    assert nothing_done == []
+    assert verb.main(["--backend", "vllm", "--device", "A800", "--without-chip", "--dry-run"]) == 0
+
+
+def test_a_program_that_is_built_is_named_and_a_package_of_the_name_is_something_else(
+    capsys: pytest.CaptureFixture[str], nothing_done: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(installation.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("flagscale.cli.doctor.find_version", lambda _name: "0.3.36")  # llama-cpp-python
+    assert verb.main(["--backend", "llama_cpp", "--device", "cpu"]) == 0
+    assert nothing_done[0] == "llama.cpp()"
+    assert [command[:2] for command in nothing_done[1:]] == [("cmake", "-S"), ("cmake", "--build")]
+    assert nothing_done[-1][-1].isdigit()
+    assert f"--bin-dir {tmp_path}/llama.cpp/build/bin" in capsys.readouterr().out
 
 
 def test_a_backend_from_a_tree_ends_on_the_path(

@@ -185,6 +185,14 @@ def test_local_edits_are_refused_by_name(git_tree: Path, series: Series) -> None
     assert "pkg/sub/new.py.patch (Toy_Chip/toy): makes pkg/sub/new.py, which is there already" in told
 
 
+def test_an_edit_in_a_hunk_is_not_laid_on_upstream(git_tree: Path, series: Series) -> None:
+    (git_tree / "pkg" / "a.py").write_bytes(LINES.replace(b"line 2\n", b"mine\n"))
+    told = refusal(git_tree, series)
+    assert "pkg/a.py was edited here" in told
+    assert "| mine" in told
+    assert "changed upstream by" not in told
+
+
 def test_local_edits_are_stashed_and_told_of_at_the_revert(git_tree: Path, series: Series) -> None:
     (git_tree / "pkg" / "a.py").write_bytes(LINES + b"mine\n")
     (git_tree / "pkg" / "sub").mkdir()

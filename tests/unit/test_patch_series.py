@@ -322,6 +322,14 @@ class TestDiffs:
         assert apply_plain(old, diff) == new
         assert apply_plain(b"other\n" + new, diff) != b"other\n" + new
 
+    def test_an_edit_between_the_lines_of_a_hunk_is_not_taken_for_the_old_file(self) -> None:
+        """The result has the hunk's lines, so its hash would be the promised one, and the edit would be gone."""
+        new = LINES.replace(b"line 5\n", b"five\n")
+        (diff,) = make_diffs({"f": Content(0o100644, LINES)}, {"f": Content(0o100644, new)})
+        assert apply_plain(LINES, diff) == new
+        for line in (b"line 4\n", b"line 5\n", b"line 7\n"):
+            assert apply_plain(LINES.replace(line, b"an edit\n"), diff) is None
+
     def test_all_else_is_left_to_git(self) -> None:
         old = {"f": Content(0o100644, b"a\n"), "b": Content(0o100644, b"\0")}
         new = {"f": Content(EXECUTABLE, b"b\n"), "b": Content(0o100644, b"\0\1"), "n": Content(0o100644, b"n\n")}

@@ -351,6 +351,12 @@ class TestSymbols:
         names = ["h", "A.g", "A.unused", "A.__init__", "Table", "broken"]
         assert find_unused(names, files) == {"A.unused", "broken"}
 
+    def test_names_that_end_alike_are_used_or_unused_together(self) -> None:
+        assert find_unused(["A.f", "B.f"], [b"def f(): pass\n"]) == {"A.f", "B.f"}
+        assert find_unused(["A.f", "B.f"], [b"def f(): pass\n", b"f()\n"]) == frozenset()
+        assert find_unused(["A.f"], [b"def f_long(): pass\n", b"f_long()\n", b"'\\ud800'; f = 1\n"]) == frozenset()
+        assert find_unused(["grün"], ["def grün(): pass\n".encode()]) == {"grün"}
+
 
 def test_names_and_verdicts_as_json(series: Series) -> None:
     assert wanted_names([series]) == {"pkg/core.py", "pkg/leaving.py", "pkg/made.py", "pkg/moving.py", "pkg/taken.py"}

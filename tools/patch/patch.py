@@ -19,7 +19,6 @@ from flagscale.cli import main as flagscale
 
 TASKS = ("train", "inference", "serve", "compress", "rl", "post_train")
 OF_FLAGSCALE = "a chip's support in this toolkit is no patch set but part of it (docs/chips.md); name a backend"
-OF_FLAGSCALE = "a chip's support in this toolkit is no patch set but part of it (docs/chips.md); name a backend"
 HEADER = ("why", "how", "upstream", "remove-when")
 
 

@@ -23,6 +23,7 @@ from flagscale.errors import UserError, find_nearest
 from flagscale.inference.engine.adapter_files import AdapterFiles, LowRank, plan_layers, read_adapter
 from flagscale.inference.engine.attention import ShapeProbe
 from flagscale.inference.engine.int8 import Int8Linear
+from flagscale.inference.engine.staging import stage
 from flagscale.inference.engine.weights import Tensors
 
 AdapterSource: TypeAlias = "str | Path | AdapterFiles | Tensors"
@@ -156,7 +157,7 @@ class AdapterTable:
         if stop - start == sum(count for _, count in runs):
             return slice(start, stop)
         rows = [row for at, count in runs for row in range(at, at + count)]
-        return torch.tensor(rows, device=self._model.device)
+        return stage(rows, self._model.device)
 
     def _update_hooks(self) -> None:
         wanted = {layer for adapter in self._adapters.values() for layer in adapter.layers}

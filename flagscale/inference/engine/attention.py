@@ -7,6 +7,7 @@ similar shape, each padded a little and computed in one call for a layer. Paddin
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,14 +19,33 @@ from torch.nn.functional import scaled_dot_product_attention
 from flagscale.errors import UserError
 from flagscale.inference.engine.kv_cache import KVCache, LayerShape
 from flagscale.inference.engine.pages import PADDING_PAGE
+from flagscale.inference.engine.staging import stage
 
 NAME = "flagscale_paged"
-CALL_COST = 2**11
-"""what one more call costs, in scores (queries times keys) for a layer; measured on a CPU"""
-READ_COST = 8
-"""what gathering a key costs, in scores"""
-LONG_ENOUGH = 96
-"""keys from which on a sequence on neighbouring pages is better read in place than gathered with others; measured"""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What decides how a step's attention is cut into calls, in scores (queries times keys) of a layer.
+
+    call: of one more call
+    read: of gathering a key
+    long_enough: keys from which on a sequence on neighbouring pages is better read in place than gathered with others
+    """
+
+    call: int
+    read: int
+    long_enough: float
+
+
+ON_CPU = Costs(call=2**11, read=8, long_enough=96)
+"""measured"""
+ON_GPU = Costs(call=2**18, read=16, long_enough=math.inf)
+"""starting kernels costs more than they do"""
+
+
+def find_costs(device: torch.device) -> Costs:
+    return ON_CPU if device.type == "cpu" else ON_GPU
 
 
 class Attend(Protocol):
@@ -128,8 +148,15 @@ class Group:
     pages: "slice | torch.Tensor"
     masks: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = field(default_factory=dict)
 
+    def is_causal(self, window: int | None) -> bool:
+        """Whether the plain lower triangle is the mask: all texts begin here, and no window cuts them."""
+        fits_window = window is None or self.num_keys <= window
+        return fits_window and self.num_queries > 1 and all(span.start == 0 for span in self.spans)
+
     def mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
         """What is added to the scores, [spans, 1, num_queries, num_keys]; None where nothing has to be hidden."""
+        if self.is_causal(window):
+            return None
         if (window, dtype) not in self.masks:
             self.masks[window, dtype] = _make_mask(self, window, dtype, device)
         return self.masks[window, dtype]
@@ -139,7 +166,7 @@ def _make_mask(group: Group, window: int | None, dtype: torch.dtype, device: tor
     fits_window = window is None or group.num_keys <= window
     if group.num_queries == 1 and fits_window and all(span.stop == group.num_keys for span in group.spans):
         return None
-    starts = torch.tensor([span.start for span in group.spans], device=device)
+    starts = stage([span.start for span in group.spans], device)
     query_at = starts[:, None] + torch.arange(group.num_queries, device=device)
     key_at = torch.arange(group.num_keys, device=device)
     hidden = key_at > query_at[:, :, None]
@@ -171,7 +198,7 @@ class AttentionPlan:
             keys, values = keys[:, : group.num_keys], values[:, : group.num_keys]
             queries = query[group.rows].unflatten(0, (len(group.spans), group.num_queries))
             mask = group.mask(window, query.dtype, query.device)
-            mixed = _attention(queries, keys, values, scale, mask).flatten(0, 1)
+            mixed = _attention(queries, keys, values, scale, mask, group.is_causal(window)).flatten(0, 1)
             out[group.targets] = mixed if group.kept is None else mixed[group.kept]
         return out
 
@@ -192,6 +219,10 @@ def _attention(
         folded = query.view(batch, num_kv_heads, num_heads // num_kv_heads, -1)
         mixed = scaled_dot_product_attention(folded, key.transpose(1, 2), value.transpose(1, 2), mask, scale=scale)
         return mixed.reshape(batch, 1, num_heads, -1)
+    if mask is not None and query.device.type == "cuda":
+        # With a mask, CUDA's fast kernels want as many heads of the key as of the query.
+        key, value = (each.repeat_interleave(num_heads // num_kv_heads, 2) for each in (key, value))
+        num_kv_heads = num_heads
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     mixed = scaled_dot_product_attention(
         query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=num_heads != num_kv_heads
@@ -199,15 +230,15 @@ def _attention(
     return mixed.transpose(1, 2)
 
 
-def sort_key(span: Span) -> tuple[bool, int, int]:
+def sort_key(span: Span, costs: Costs) -> tuple[bool, int, int]:
     """The order in which spans should stand in the flat list: those of one group are then neighbours."""
-    return (not _reads_in_place(span), -span.count, -span.stop)
+    return (not _reads_in_place(span, costs), -span.count, -span.stop)
 
 
-def _reads_in_place(span: Span) -> bool:
+def _reads_in_place(span: Span, costs: Costs) -> bool:
     """Whether a call of its own, without gathering, is cheapest: its pages are neighbours, its text is not short."""
     first = span.pages[0]
-    return span.stop >= LONG_ENOUGH and span.pages == tuple(range(first, first + len(span.pages)))
+    return span.stop >= costs.long_enough and span.pages == tuple(range(first, first + len(span.pages)))
 
 
 def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> Attend:
@@ -219,12 +250,13 @@ def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> At
         slots.extend([PADDING_PAGE] * max(0, min(span.num_kept, span.stop) - span.start))
         written = range(max(span.start, span.num_kept), span.stop)
         slots.extend(span.pages[at // size] * size + at % size for at in written)
-    places = torch.tensor(slots, device=device)
+    places = stage(slots, device)
     if _has_fused_kernel(device):
         from flagscale.inference.engine.fused_attention import make_fused_plan
 
         return make_fused_plan(spans, places, cache, device)
-    groups = tuple(_make_group(members, cache, device) for members in plan_groups(spans, cache.num_pages, size))
+    planned = plan_groups(spans, cache.num_pages, size, find_costs(device))
+    groups = tuple(_make_group(members, cache, device) for members in planned)
     return AttentionPlan(cache, places, groups)
 
 
@@ -233,22 +265,22 @@ def _has_fused_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-def plan_groups(spans: Sequence[Span], max_pages: int, page_size: int) -> list[list[Span]]:
+def plan_groups(spans: Sequence[Span], max_pages: int, page_size: int, costs: Costs = ON_CPU) -> list[list[Span]]:
     """Cut the spans into groups of similar size, of at most `max_pages` pages when padded (a span alone may be it all).
 
     Greedy, longest first: a span joins the group while its padding costs less than a call of its own.
     """
-    lone = [span for span in spans if _reads_in_place(span)]
+    lone = [span for span in spans if _reads_in_place(span, costs)]
     groups: list[list[Span]] = []
     queries = keys = 0
-    for span in sorted((each for each in spans if not _reads_in_place(each)), key=sort_key):
+    gathered = [span for span in spans if not _reads_in_place(span, costs)]
+    for span in sorted(gathered, key=lambda each: sort_key(each, costs)):
         longest = max(keys, span.stop)
         if groups:
             members = len(groups[-1])
-            waste = (queries + READ_COST) * (longest + (longest - keys) * members) - (
-                span.count + READ_COST
-            ) * span.stop
-            if waste <= CALL_COST and -(-longest // page_size) * (members + 1) <= max_pages:
+            padded = (queries + costs.read) * (longest + (longest - keys) * members)
+            waste = padded - (span.count + costs.read) * span.stop
+            if waste <= costs.call and -(-longest // page_size) * (members + 1) <= max_pages:
                 groups[-1].append(span)
                 keys = longest
                 continue
@@ -268,7 +300,7 @@ def _make_group(members: Sequence[Span], cache: KVCache, device: torch.device) -
         return Group(spans, num_queries, num_keys, whole, None, whole, pages)
     padded = [span.row + min(i, span.count - 1) for span in spans for i in range(num_queries)]
     kept = [i * num_queries + j for i, span in enumerate(spans) for j in range(span.count)]
-    rows, chosen = torch.tensor(padded, device=device), torch.tensor(kept, device=device)
+    rows, chosen = stage(padded, device), stage(kept, device)
     return Group(spans, num_queries, num_keys, rows, chosen, rows[chosen], pages)
 
 
@@ -278,4 +310,4 @@ def _page_index(spans: tuple[Span, ...], num_pages: int, device: torch.device) -
         return slice(first, first + num_pages)
     padding = (PADDING_PAGE,) * num_pages
     flat = [page for span in spans for page in (span.pages + padding)[:num_pages]]
-    return torch.tensor(flat, device=device)
+    return stage(flat, device)

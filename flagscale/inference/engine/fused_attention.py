@@ -12,7 +12,6 @@ pages with the running maximum and sum of Dao et al. 2022 (arXiv 2205.14135). Pa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import triton
@@ -20,6 +19,7 @@ import triton.language as tl
 
 from flagscale.inference.engine.attention import Span
 from flagscale.inference.engine.kv_cache import KVCache
+from flagscale.inference.engine.staging import stage
 
 NUM_FIELDS = 3
 """of a row of `FusedPlan.spans`, before its pages: start, count, first row of the flat list"""
@@ -66,9 +66,9 @@ def _attend(  # type: ignore[no-untyped-def]
         is_key = token < stop
         page = tl.load(span + NUM_FIELDS + token // PAGE, mask=is_key, other=0).to(tl.int64)
         slot = token % PAGE
-        place = keys + page * key_page + slot * key_token + kv_head * key_head
-        found = tl.load(place[:, None] + dim[None, :], mask=is_key[:, None] & (dim < KEY_DIM)[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(found), input_precision=PRECISION) * scale
+        key_at = keys + page * key_page + slot * key_token + kv_head * key_head
+        key = tl.load(key_at[:, None] + dim[None, :], mask=is_key[:, None] & (dim < KEY_DIM)[None, :], other=0.0)
+        scores = tl.dot(queries, tl.trans(key), input_precision=PRECISION) * scale
         seen = is_key[None, :] & (token[None, :] <= at[:, None])
         if WINDOW > 0:
             seen = seen & (token[None, :] > at[:, None] - WINDOW)
@@ -79,10 +79,10 @@ def _attend(  # type: ignore[no-untyped-def]
         weights = tl.exp(scores - base[:, None])
         fade = tl.exp(best - base)
         total = total * fade + tl.sum(weights, 1)
-        place = values + page * value_page + slot * value_token + kv_head * value_head
+        value_at = values + page * value_page + slot * value_token + kv_head * value_head
         is_value = is_key[:, None] & (value_dim < VALUE_DIM)[None, :]
-        found = tl.load(place[:, None] + value_dim[None, :], mask=is_value, other=0.0)
-        mixed = mixed * fade[:, None] + tl.dot(weights.to(found.dtype), found, input_precision=PRECISION)
+        value = tl.load(value_at[:, None] + value_dim[None, :], mask=is_value, other=0.0)
+        mixed = mixed * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
         best = highest
 
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -133,8 +133,9 @@ class FusedPlan:
 
     def _tiles(self, num_queries: int) -> torch.Tensor:
         if num_queries not in self.tiles:
-            rows = [[i, at] for i, count in enumerate(self.counts) for at in range(0, count, num_queries)]
-            self.tiles[num_queries] = torch.tensor(rows, dtype=torch.int32, device=self.spans.device)
+            tiles = [(i, at) for i, count in enumerate(self.counts) for at in range(0, count, num_queries)]
+            flat = [number for tile in tiles for number in tile]
+            self.tiles[num_queries] = stage(flat, self.spans.device, torch.int32).view(-1, 2)
         return self.tiles[num_queries]
 
 
@@ -146,8 +147,6 @@ def _pad(dim: int) -> int:
 def make_fused_plan(spans: Sequence[Span], slots: torch.Tensor, cache: KVCache, device: torch.device) -> FusedPlan:
     """The attention of a step whose flat list is the spans one after the other."""
     most = max(len(span.pages) for span in spans)
-    rows: list[Any] = [
-        [span.start, span.count, span.row, *span.pages, *[0] * (most - len(span.pages))] for span in spans
-    ]
-    table = torch.tensor(rows, dtype=torch.int32, device=device)
+    rows = ((span.start, span.count, span.row, *span.pages, *[0] * (most - len(span.pages))) for span in spans)
+    table = stage([number for row in rows for number in row], device, torch.int32).view(len(spans), -1)
     return FusedPlan(cache, slots, table, tuple(span.count for span in spans))

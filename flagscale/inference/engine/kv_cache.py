@@ -15,6 +15,7 @@ from math import prod
 import torch
 
 from flagscale.errors import UserError
+from flagscale.inference.engine.staging import stage
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,10 @@ class KVCache:
         """Copy whole pages (source, destination) in every layer."""
         pairs = tuple(pairs)
         if pairs:
-            src, dst = ([pair[side] for pair in pairs] for side in (0, 1))
+            device = self._keys[0].device
+            src, dst = (stage([pair[side] for pair in pairs], device) for side in (0, 1))
             for tensor in (*self._keys, *self._values):
-                tensor[dst] = tensor[src]
+                tensor.index_copy_(0, dst, tensor.index_select(0, src))
 
     def _gather(self, which: int, source: torch.Tensor, pages: "torch.Tensor | slice") -> torch.Tensor:
         if isinstance(pages, slice):

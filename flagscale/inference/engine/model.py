@@ -14,12 +14,22 @@ import torch
 
 from flagscale.errors import UserError
 from flagscale.inference.engine.adapters import AdapterSpan, AdapterTable
-from flagscale.inference.engine.attention import NAME, Attend, ShapeProbe, Span, make_plan, register, sort_key
+from flagscale.inference.engine.attention import (
+    NAME,
+    Attend,
+    ShapeProbe,
+    Span,
+    find_costs,
+    make_plan,
+    register,
+    sort_key,
+)
 from flagscale.inference.engine.config import EngineConfig
 from flagscale.inference.engine.int8 import quantise_linears
 from flagscale.inference.engine.kv_cache import KVCache, LayerShape, plan_num_pages
 from flagscale.inference.engine.linear import block_head
 from flagscale.inference.engine.scheduler import Chunk
+from flagscale.inference.engine.staging import stage
 
 # These change the angles of all tokens with the longest text in the batch.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -75,12 +85,15 @@ class ModelRunner:
     def free(self) -> None:
         """Give the memory of the cache back."""
         self.cache = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def forward(self, chunks: Sequence[Chunk], wanted: Sequence[range]) -> list[torch.Tensor]:
         """For each chunk the float32 logits [positions, vocabulary] after those of its positions that are `wanted`."""
         assert self.cache is not None
         whole = [Span(0, each.start, each.count, tuple(each.sample.pages), each.sample.num_cached) for each in chunks]
-        order = sorted(range(len(chunks)), key=lambda i: sort_key(whole[i]))
+        costs = find_costs(self.device)
+        order = sorted(range(len(chunks)), key=lambda i: sort_key(whole[i], costs))
         spans: list[Span] = []
         tokens: list[int] = []
         positions: list[int] = []
@@ -102,7 +115,7 @@ class ModelRunner:
         return [parts[i] for i in range(len(chunks))]
 
     def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: Attend) -> torch.Tensor:
-        ids, at, kept = (torch.tensor(each, device=self.device) for each in (tokens, positions, rows))
+        ids, at, kept = (stage(each, self.device) for each in (tokens, positions, rows))
         out = self.model(input_ids=ids[None], position_ids=at[None], use_cache=False, logits_to_keep=kept, paged=plan)
         logits: torch.Tensor = out.logits[0].float()
         return logits

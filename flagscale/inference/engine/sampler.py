@@ -7,6 +7,7 @@ preempted. The token is where that number falls in the cumulative distribution, 
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -15,6 +16,7 @@ import torch
 
 from flagscale.inference.engine.outputs import TokenLogprob
 from flagscale.inference.engine.sampling import SamplingParams
+from flagscale.inference.engine.staging import stage
 
 FIRST_CANDIDATES = 256
 """how many of the largest logits are looked at first to find a nucleus; eight times as many at each further look"""
@@ -50,41 +52,31 @@ def uniform(seed: int, index: int, position: int) -> float:
 
 
 def choose(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Choice]:
-    """A token for each row of float32 logits [rows, vocabulary], which are used up."""
-    broken = _mend_broken(logits)
-    raw = _take_raw(logits, rows)
+    """A token for each row of float32 logits [rows, vocabulary], which are used up.
+
+    The device is waited for once, when the tokens are read, and again where log-probabilities are.
+    """
+    sound = logits.amax(-1).isfinite()
+    raw = _Table.make(logits, rows, "raw")
     for i, row in enumerate(rows):
         _edit(logits[i], row)
-    broken |= _mend_broken(logits)
-    tokens = logits.argmax(-1)
+    best, tokens = logits.max(-1)
+    sound &= best.isfinite()
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
-        at = torch.tensor(drawn, device=logits.device)
+        at = stage(drawn, logits.device)
         kept = _truncate(logits if len(drawn) == len(rows) else logits[at], [rows[i].params for i in drawn])
         tokens[at] = _draw(kept, [uniform(rows[i].seed, rows[i].index, len(rows[i].output)) for i in drawn])
         logits[at] = kept
-    chosen: list[int] = tokens.tolist()
-    sampled = _take_sampled(logits, rows, chosen)
-    return [
-        Choice(None)
-        if i in broken
-        else Choice(chosen[i], _look_up(raw.get(i, sampled.get(i)), chosen[i], row.params.logprobs))
-        for i, row in enumerate(rows)
-    ]
-
-
-def _mend_broken(logits: torch.Tensor) -> set[int]:
-    """The rows without a largest finite logit, which are made harmless for what follows."""
-    broken = (~logits.amax(-1).isfinite()).nonzero()[:, 0]
-    if len(broken):
-        logits[broken] = 0.0
-    return set(broken.tolist())
+    found = {**raw.read(tokens, rows), **_Table.make(logits, rows, "sampled").read(tokens, rows)}
+    chosen: list[int] = torch.where(sound, tokens, -1).tolist()
+    return [Choice(None) if token < 0 else Choice(token, found.get(i)) for i, token in enumerate(chosen)]
 
 
 def prompt_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
     """The raw log-probability of each of `tokens` under its row of logits [tokens, vocabulary]."""
     table = torch.log_softmax(logits.float(), -1)
-    chosen = table.gather(-1, torch.tensor(tokens, device=table.device)[:, None])[:, 0].tolist()
+    chosen = table.gather(-1, stage(tokens, table.device)[:, None])[:, 0].tolist()
     best = _top(table, top)
     return [TokenLogprob(token, chosen[i], best[i]) for i, token in enumerate(tokens)]
 
@@ -94,69 +86,77 @@ def _top(table: torch.Tensor, count: int) -> list[tuple[tuple[int, float], ...]]
     return [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
-def _look_up(table: torch.Tensor | None, token: int, top: int | None) -> TokenLogprob | None:
-    if table is None or top is None:
-        return None
-    return TokenLogprob(token, float(table[token]), _top(table[None], top)[0])
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Log-probabilities [rows that asked, vocabulary] of one distribution, and which rows asked."""
 
+    asked: list[int]
+    logprobs: torch.Tensor
 
-def _take_raw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> dict[int, torch.Tensor]:
-    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and row.params.logprobs_of == "raw"]
-    table = torch.log_softmax(logits[asked], -1) if asked else logits
-    return {i: table[at] for at, i in enumerate(asked)}
+    @classmethod
+    def make(cls, logits: torch.Tensor, rows: Sequence[SampleRow], which: str) -> "_Table":
+        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and row.params.logprobs_of == which]
+        return cls(asked, torch.log_softmax(logits[stage(asked, logits.device)], -1) if asked else logits[:0])
 
-
-def _take_sampled(logits: torch.Tensor, rows: Sequence[SampleRow], chosen: list[int]) -> dict[int, torch.Tensor]:
-    """After truncation; at temperature 0 the distribution is a single point."""
-    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and row.params.logprobs_of == "sampled"]
-    if not asked:
-        return {}
-    table = torch.log_softmax(logits[asked], -1)
-    for at, i in enumerate(asked):
-        if rows[i].params.temperature == 0:
-            table[at] = -torch.inf
-            table[at, chosen[i]] = 0.0
-    return {i: table[at] for at, i in enumerate(asked)}
+    def read(self, tokens: torch.Tensor, rows: Sequence[SampleRow]) -> dict[int, TokenLogprob]:
+        """What each row that asked is told; at temperature 0 the sampled distribution is a single point."""
+        if not self.asked:
+            return {}
+        chosen = tokens[stage(self.asked, tokens.device)]
+        params = [rows[i].params for i in self.asked]
+        certain = [at for at, each in enumerate(params) if each.temperature == 0 and each.logprobs_of == "sampled"]
+        if certain:
+            at = stage(certain, tokens.device)
+            self.logprobs[at] = -torch.inf
+            self.logprobs[at, chosen[at]] = 0.0
+        values = self.logprobs.gather(-1, chosen[:, None])[:, 0].tolist()
+        best = _top(self.logprobs, max(each.logprobs or 0 for each in params))
+        told = zip(chosen.tolist(), values, best, params, strict=True)
+        return {
+            i: TokenLogprob(token, value, top[: each.logprobs])
+            for i, (token, value, top, each) in zip(self.asked, told, strict=True)
+        }
 
 
 def _edit(logits: torch.Tensor, row: SampleRow) -> None:
     """Penalties, bias and what is forbidden, in place on one row."""
     params = row.params
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*row.prompt, *row.output}), device=logits.device)
+        seen = stage(sorted({*row.prompt, *row.output}), logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if row.output and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(row.output, device=logits.device).unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = Counter(row.output)
+        ids, times = stage(list(counts), logits.device), stage(list(counts.values()), logits.device, logits.dtype)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * times
     if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        ids = stage(list(params.logit_bias), logits.device)
+        logits[ids] += stage(list(params.logit_bias.values()), logits.device, logits.dtype)
     if row.forbidden:
-        logits[list(row.forbidden)] = -torch.inf
+        logits[stage(list(row.forbidden), logits.device)] = -torch.inf
 
 
 def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Logits after temperature, -inf for what top-k, top-p and min-p leave out."""
-    temperature = torch.tensor([each.temperature for each in params], dtype=logits.dtype, device=logits.device)
+    temperature = stage([each.temperature for each in params], logits.device, logits.dtype)
     # From the largest down, so that a temperature near 0 cannot overflow to infinity and two infinities to NaN.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
-    num_tokens = logits.shape[-1]
-    top_k = torch.tensor([min(each.top_k or num_tokens, num_tokens) for each in params], device=logits.device)
-    top_p = torch.tensor([each.top_p for each in params], dtype=torch.float64, device=logits.device)
     min_p = [math.log(each.min_p) if each.min_p > 0 else -math.inf for each in params]
-    least = torch.tensor(min_p, dtype=logits.dtype, device=logits.device)
-    cut = ((top_k < num_tokens) | (top_p < 1)).nonzero()[:, 0]
-    if len(cut):
-        least[cut] = torch.maximum(least[cut], _find_thresholds(scaled[cut], top_k[cut], top_p[cut]))
+    least = stage(min_p, logits.device, logits.dtype)
+    cut = [i for i, each in enumerate(params) if 0 < each.top_k < logits.shape[-1] or each.top_p < 1]
+    if cut:
+        at = stage(cut, logits.device)
+        least[at] = torch.maximum(least[at], _find_thresholds(scaled[at], [params[i] for i in cut]))
     return scaled.masked_fill_(scaled < least[:, None], -torch.inf)
 
 
-def _find_thresholds(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def _find_thresholds(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """For each row the smallest logit that top-k, and then top-p over what it left, would keep."""
     num_tokens = logits.shape[-1]
+    ks = [min(each.top_k or num_tokens, num_tokens) for each in params]
+    width = max([FIRST_CANDIDATES, *(k for k in ks if k < num_tokens)])
+    top_k, top_p = stage(ks, logits.device), stage([each.top_p for each in params], logits.device, torch.float64)
     limited = top_k < num_tokens
-    width = max(FIRST_CANDIDATES, int(top_k[limited].max()) if bool(limited.any()) else 0)
     least = torch.full_like(logits[:, 0], -torch.inf)
     todo = torch.arange(len(logits), device=logits.device)
     while len(todo):
@@ -171,8 +171,9 @@ def _find_thresholds(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Ten
         place = (mass < (top_p[todo] - 1e-9)[:, None]).sum(-1, keepdim=True)
         nucleus = torch.where(top_p[todo][:, None] < 1, best.gather(-1, place.clamp(max=width - 1)), -torch.inf)
         least[todo] = torch.maximum(kth, nucleus)[:, 0]
-        unsure = (place[:, 0] >= width) & ~limited[todo] & (top_p[todo] < 1)
-        todo = todo[unsure] if width < num_tokens else todo[:0]
+        if width == num_tokens or all(k < num_tokens for k in ks):
+            break
+        todo = todo[(place[:, 0] >= width) & ~limited[todo] & (top_p[todo] < 1)]
         width *= 8
     return least
 
@@ -181,6 +182,7 @@ def _draw(logits: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
     """Where each number falls in its row's cumulative distribution."""
     mass = torch.softmax(logits, -1).cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
-    target = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * total
+    target = stage(numbers, logits.device, torch.float64)[:, None] * total
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass, target, right=True)[:, 0]
+    # Where the logits are no numbers, nothing is found.
+    return torch.searchsorted(mass, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
