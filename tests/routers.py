@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from fakes.kv_exchange import Kind, KvExchange
 from fakes.openai_replica import FakeReplica
 from pydantic import SecretStr
 
@@ -53,6 +54,8 @@ def settings(**changes: Any) -> RouterSettings:
 
 def replica_of(fake: FakeReplica, **more: Any) -> Replica:
     key = SecretStr(fake.api_key) if fake.api_key else None
+    if fake.kv is not None:
+        more = {"role": fake.kv.role, "handover": fake.kv.kind, "kv_address": fake.kv.address, **more}
     return Replica(fake.name, fake.url, fake.model, key, **more)
 
 
@@ -93,6 +96,22 @@ async def router(*fakes: FakeReplica, waits: bool = True, **changes: Any) -> Asy
         finally:
             server.should_exit = True
             await serving
+
+
+@asynccontextmanager
+async def pairs(
+    kind: Kind, num_prefill: int = 1, num_decode: int = 1, **options: Any
+) -> AsyncIterator[tuple[list[FakeReplica], list[FakeReplica]]]:
+    """Halves p0, p1, .. and d0, d1, .. that have started."""
+    prefills = [FakeReplica(name=f"p{n}", kv=KvExchange("prefill", kind), **options) for n in range(num_prefill)]
+    decodes = [FakeReplica(name=f"d{n}", kv=KvExchange("decode", kind), **options) for n in range(num_decode)]
+    for fake in (*prefills, *decodes):
+        await fake.start()
+    try:
+        yield prefills, decodes
+    finally:
+        for fake in (*prefills, *decodes):
+            await fake.stop()
 
 
 @asynccontextmanager

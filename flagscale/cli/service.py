@@ -94,6 +94,7 @@ def describe_start(run: "RunRef", service: "ServicePlan") -> str:
         return _describe_graph_start(run, service, service.graph)
     models = ", ".join(
         f"{model.served_name} ({model.engine}"
+        + f", {model.role}" * (model.role != "whole")
         + f", {model.scaling.initial} replicas" * (model.scaling.initial > 1)
         + ")"
         for model in service.models

@@ -34,7 +34,7 @@ def print_status(run: "RunRef", as_json: bool) -> int:
     for name, text in rows.items():
         if text:
             print(f"{name:<9} {text}")
-    for table in (_models_table(status), _replicas_table(status)):
+    for table in (_models_table(status), _replicas_table(status), _registered_table(status)):
         if table.row_count:
             _print_table(table)
     return 0
@@ -84,11 +84,13 @@ def _describe_update(update: dict[str, Any] | None) -> str | None:
 def _models_table(status: dict[str, Any]) -> "Table":
     from rich.table import Table
 
-    table = Table("model", "engine", "ready", "wanted", "bounds", "waiting", box=None, pad_edge=False)
+    heads = ["model", "engine", "ready", "wanted", "bounds", "waiting"]
+    has_roles = any(model.get("role", "whole") != "whole" for model in status["models"])
+    table = Table(*heads[:1], *["role"] * has_roles, *heads[1:], box=None, pad_edge=False)
     for model in status["models"]:
         bounds = f"{model['lowest']}-{model['highest']}"
-        cells = (model["served_name"], model["engine"], model["ready"], model["wanted"], bounds, model["waiting"])
-        table.add_row(*map(str, cells))
+        names = (model["served_name"], *[model.get("role", "whole")] * has_roles, model["engine"])
+        table.add_row(*map(str, (*names, model["ready"], model["wanted"], bounds, model["waiting"])))
     return table
 
 
@@ -104,6 +106,18 @@ def _replicas_table(status: dict[str, Any]) -> "Table":
         told = replica.get("cause") or replica.get("reason") or replica.get("progress") or ""
         numbers = (str(replica.get(name, "-")) for name in ("in_flight", "requests", "starts"))
         table.add_row(replica["name"], replica["state"], age, str(replica.get("version", "-")), where, *numbers, told)
+    return table
+
+
+def _registered_table(status: dict[str, Any]) -> "Table":
+    """Replicas that others started."""
+    from rich.table import Table
+
+    heads = ("registered", "model", "role", "phase", "version", "at", "in flight", "requests", "")
+    names = ("id", "model", "role", "phase", "version", "url", "in_flight", "requests", "reason")
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in status.get("registered", ()):
+        table.add_row(*(str(row[name]) for name in names))
     return table
 
 

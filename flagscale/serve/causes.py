@@ -37,6 +37,8 @@ _KNOWN: list[tuple[Kind, re.Pattern[str], str]] = [
         (r"error: (argument -\S+: .+)$", "{0}"),
         (r"error: (the following arguments are required: .+)$", "{0}"),
         (r"error: invalid argument: (\S+)", "the engine does not know the argument {0}"),
+        (r"Unsupported connector type: (\S+)",
+         "this vLLM has no KV connector {0}; name one that it has by deploy.prefill_decode_connector"),
         (r'error while handling argument "(\S+)": (.+)$', "argument {0}: {1}"),
     ),
     *_rows(

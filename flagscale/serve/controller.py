@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -179,7 +179,14 @@ class Controller:
             raise UserError(f"an update to version {self.update.version} is running; try again when it is done")
         if self.is_stopping or not self.fleet.was_ready:
             raise UserError(f"the service is {self.phase}; an update needs one that has been ready")
-        for name in ("exp_dir", "host", "port", "api_key_env", "router"):
+        halved = [
+            {(it.served_name, it.role != "whole") for it in version.models} for version in (self.service, service)
+        ]
+        if any((name, not is_half) in halved[1] for name, is_half in halved[0]):
+            raise UserError(
+                "an update cannot change `prefill_decode_disaggregation`; stop the service and start it anew"
+            )
+        for name in ("exp_dir", "host", "port", "api_key_env", "admin_token_env", "router"):
             old, new = getattr(self.service, name), getattr(service, name)
             if old != new:
                 raise UserError(
@@ -193,8 +200,10 @@ class Controller:
         version = update.version
         tell(f"update to version {version} begins")
         try:
-            for model in service.models:
-                await self._replace(model, version)
+            for served_name in dict.fromkeys(model.served_name for model in service.models):
+                pools = [model for model in service.models if model.served_name == served_name]
+                for number in range(max(map(self._count_wanted, pools))):
+                    await self._replace([pool for pool in pools if number < self._count_wanted(pool)], version)
         except FlagScaleError as error:
             update.state, update.message = "failed", str(error)
             tell(f"update to version {version} failed: {error}; version {self.version} stays")
@@ -220,24 +229,28 @@ class Controller:
             wanted = before.wanted
         return min(max(wanted, model.scaling.lowest), model.scaling.highest)
 
-    async def _replace(self, model: ModelPlan, version: int) -> None:
-        """One replica after the other: start the new, wait for its answer, end an old one.
+    async def _replace(self, pools: list[ModelPlan], version: int) -> None:
+        """One replica of each pool: start the new, wait for its answer, end an old one.
 
-        Where no seat is free an old one has to go first; its requests wait at the router if it was the last.
+        Where no seat is free an old one has to go first; its requests wait at the router if it was the last. The pools
+        of one model change in step, since replicas of different versions do not work together.
         """
-        for _ in range(self._count_wanted(model)):
-            old = [post for post in self.fleet.list_posts(model.name) if post.version != version]
-            seat = self.fleet.find_seat(model)
+        retiring, begun = [], []
+        for pool in pools:
+            old = [post for post in self.fleet.list_posts(pool.name) if post.version != version]
+            seat = self.fleet.find_seat(pool)
             if seat is None and old:
-                tell(f"{model.name}: no chips are free for a new replica, so {old[0].name} ends first")
+                tell(f"{pool.name}: no chips are free for a new replica, so {old[0].name} ends first")
                 await self.fleet.retire(old.pop(0), self.settings.drain_timeout_s)
-                seat = self.fleet.find_seat(model)
+                seat = self.fleet.find_seat(pool)
             if seat is None:
-                raise UserError(f"{model.name}: there are no free chips for a replica of the new version")
-            post = self.fleet.fill(model, seat, version)
+                raise UserError(f"{pool.name}: there are no free chips for a replica of the new version")
+            begun.append(self.fleet.fill(pool, seat, version))
+            retiring += old[:1]
+        for post in begun:
             await self.fleet.wait_ready(post)
-            if old:
-                await self.fleet.retire(old[0], self.settings.drain_timeout_s)
+        for post in retiring:
+            await self.fleet.retire(post, self.settings.drain_timeout_s)
 
     # --- what it is asked ---------------------------------------------------------------------------------------------
 
@@ -275,6 +288,8 @@ class Controller:
                     "name": model.name,
                     "engine": model.engine,
                     "served_name": model.served_name,
+                    "role": model.role,
+                    "handover": model.handover,
                     "wanted": self.scalers[model.name].wanted,
                     "ready": len(self._ready_posts(model.name)),
                     "lowest": model.scaling.lowest,
@@ -284,6 +299,7 @@ class Controller:
                 for model in self.service.models
             ],
             "replicas": [self.fleet.describe(post) for post in self.fleet.posts],
+            "registered": [asdict(state) for state in self.pool.states() if state.is_registered],
             "update": None
             if self.update is None
             else {"version": self.update.version, "state": self.update.state, "message": self.update.message},

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
-
 from flagscale.errors import RunError
 from flagscale.runner.launch.folder import RunRef, load_plan
 from flagscale.runner.launch.ports import find_port_owner
@@ -23,8 +21,7 @@ from flagscale.serve.causes import find_cause
 from flagscale.serve.control import NoControllerError, ask_controller
 from flagscale.serve.folder import find_state, list_replica_runs
 from flagscale.serve.replicas import read_output
-from flagscale.serve.router.probe import probe_completion
-from flagscale.serve.waiting import ask_code, ask_health
+from flagscale.serve.waiting import ask_code, ask_health, probe_model
 
 PROBE_LIMIT_S = 20.0
 READ_LOG = "see `flagscale serve logs`"
@@ -107,12 +104,12 @@ def _look_at_key(service: ServicePlan, status: dict[str, Any]) -> Iterator[Findi
     if "graph" in status:
         yield from _look_at_graph(status, key)
         return
-    for model in status["models"]:
-        secret = SecretStr(key) if key else None
-        result = asyncio.run(probe_completion(status["url"], model["served_name"], secret, PROBE_LIMIT_S))
-        label = f"model {model['served_name']}"
+    for served_name in dict.fromkeys(model["served_name"] for model in status["models"]):
+        result = asyncio.run(probe_model(status, served_name, key, PROBE_LIMIT_S))
+        label = f"model {served_name}"
         if result.is_ok:
-            yield Finding(label, True, f"answered in {result.seconds:.2f} s, {model['ready']} replicas ready")
+            ready = sum(model["ready"] for model in status["models"] if model["served_name"] == served_name)
+            yield Finding(label, True, f"answered in {result.seconds:.2f} s, {ready} replicas ready")
         elif result.reason.startswith("401"):
             yield Finding("key", False, "the router refuses it", f"${name} differs from the one at the start")
         else:

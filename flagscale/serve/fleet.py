@@ -33,6 +33,7 @@ from flagscale.serve.replicas import (
     end_replica,
     find_unreachable,
     is_run_of,
+    kv_address_of,
     look_at,
     start_replica,
     url_of,
@@ -264,6 +265,9 @@ class Fleet:
             model=post.model.served_name,
             api_key=SecretStr(self.origin.engine_key) if has_key else None,
             version=str(post.version),
+            role=post.model.role,
+            handover=post.model.handover,
+            kv_address=kv_address_of(run, post.model.seats[post.seat]),
         )
         self.pool.add(replica)
         if post.pool_id:
@@ -345,6 +349,7 @@ class Fleet:
             "name": post.name,
             "id": post.pool_id,
             "model": post.model.name,
+            "role": post.model.role,
             "version": post.version,
             "state": post.state,
             "since": post.since,
@@ -359,6 +364,7 @@ class Fleet:
             "starts": post.number,
             "run_id": post.run.run_id if post.run else None,
             "exp_dir": post.job.exp_dir,
+            "log_dir": post.job.log_dir,
             "progress": post.progress if post.state == "starting" else "",
             "cause": str(post.cause) if post.cause else None,
         }

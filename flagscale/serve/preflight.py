@@ -68,6 +68,8 @@ def _find_address_faults(service: ServicePlan, environ: Mapping[str, str]) -> It
             yield f"{error}" + "; name the key's variable by `--api-key-env NAME`" * (
                 "needs at least one key" in str(error)
             )
+    if service.admin_token_env and not environ.get(service.admin_token_env):
+        yield f"${service.admin_token_env} is not set; it is to hold the token of who adds replicas"
     if not is_port_free(service.port):
         owner = find_port_owner(service.port)
         yield f"port {service.port} is taken" + (f" by {owner}" if owner else "") + "; choose another by `--port`"

@@ -19,7 +19,7 @@ from flagscale.runner.launch.reach import ASK_LIMIT_S, Links, Look
 from flagscale.runner.launch.record import HostRecord, order_by_cause
 from flagscale.runner.monitor.stop import stop_run
 from flagscale.runner.plan.job import AtLaunch, JobPlan, ProcessSpec, Word, encode_plan
-from flagscale.runner.plan.service import ENGINE_KEY
+from flagscale.runner.plan.service import ENGINE_KEY, Seat
 from flagscale.serve.causes import Cause, explain_end, find_progress
 from flagscale.serve.folder import is_run_alive
 
@@ -76,6 +76,14 @@ def url_of(run: RunRef, job: JobPlan) -> str:
     is_here = all(host.host.is_local for host in job.hosts)
     name = "127.0.0.1" if is_here or head.is_local else head.name
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def kv_address_of(run: RunRef, seat: Seat) -> str:
+    """Where the other half of a pair reaches the cache of this one; empty where it need not know."""
+    if not seat.kv_host:
+        return ""
+    port = seat.kv_port or load_job(run.exp_dir, run.run_id)["values"]["next_port"]
+    return f"[{seat.kv_host}]:{port}" if ":" in seat.kv_host else f"{seat.kv_host}:{port}"
 
 
 def read_output(record: HostRecord) -> str:

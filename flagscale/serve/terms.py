@@ -19,8 +19,10 @@ def make_settings(service: ServicePlan, environ: Mapping[str, str]) -> RouterSet
     """
     key = environ.get(service.api_key_env, "") if service.api_key_env else ""
     keys = (SecretStr(key),) if key else ()
+    token = environ.get(service.admin_token_env, "") if service.admin_token_env else ""
+    admin = {"admin_token": SecretStr(token)} if token else {}
     try:
-        return RouterSettings(host=service.host, port=service.port, api_keys=keys, **dict(service.router))
+        return RouterSettings(host=service.host, port=service.port, api_keys=keys, **admin, **dict(service.router))
     except ValidationError as error:
         rows = error.errors(include_url=False, include_context=False, include_input=False)
         told = "\n".join(

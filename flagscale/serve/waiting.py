@@ -17,7 +17,7 @@ from flagscale.runner.launch.journal import read_tail
 from flagscale.runner.launch.record import load_records, order_by_cause
 from flagscale.runner.launch.startup import quote_last_words
 from flagscale.serve.control import NoControllerError, ask_controller
-from flagscale.serve.router.probe import probe_completion
+from flagscale.serve.router.probe import LONGER_PROMPT, ProbeResult, probe_completion
 
 POLL_S = 0.3
 ANSWER_LIMIT_S = 120.0
@@ -96,12 +96,19 @@ def explain_failure(status: dict[str, Any]) -> str:
     failed = next((replica for replica in status["replicas"] if replica["state"] == "failed"), None)
     if failed is None:
         return f"the service did not start: {status['why']}"
-    log = next(iter(sorted(Path(failed["exp_dir"], "serve_logs").glob("host_0_*.output"))), None)
+    log = next(iter(sorted(Path(failed["log_dir"]).glob("host_0_*.output"))), None)
     head = f"the service did not start: {failed['name']}: {failed['cause']}"
     if log is None:
         return head
     lines = read_tail(log).splitlines()[-NUM_LAST_LINES:]
     return "\n".join([head, f"last lines of {log}:", *(f"  {line}" for line in lines)])
+
+
+async def probe_model(status: dict[str, Any], served_name: str, key: str | None, limit_s: float) -> ProbeResult:
+    """One token of a model through the router: of one served by pairs, through a pair."""
+    is_paired = any(model["served_name"] == served_name and model.get("handover") for model in status["models"])
+    extra = {"prompt": LONGER_PROMPT} if is_paired else {}
+    return await probe_completion(status["url"], served_name, SecretStr(key) if key else None, limit_s, extra=extra)
 
 
 def ask_models(status: dict[str, Any], key: str | None) -> str | None:
@@ -113,11 +120,10 @@ def ask_models(status: dict[str, Any], key: str | None) -> str | None:
         return ask_health(status["url"])
 
     async def ask() -> str | None:
-        secret = SecretStr(key) if key else None
-        for model in status["models"]:
-            result = await probe_completion(status["url"], model["served_name"], secret, ANSWER_LIMIT_S)
+        for name in dict.fromkeys(model["served_name"] for model in status["models"]):
+            result = await probe_model(status, name, key, ANSWER_LIMIT_S)
             if not result.is_ok:
-                return f"`{model['served_name']}` does not answer at {status['url']}: {result.reason}"
+                return f"`{name}` does not answer at {status['url']}: {result.reason}"
         return None
 
     return asyncio.run(ask())

@@ -20,11 +20,19 @@ import argparse
 import asyncio
 import json
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
 from aiohttp import web
+
+if __package__:
+    from fakes.kv_exchange import KvExchange, ProtocolError
+else:  # run as a program, or beside one
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from kv_exchange import KvExchange, ProtocolError
 
 Kind = Literal["status", "disconnect", "hang", "cut", "stall", "half_event"]
 """
@@ -36,6 +44,8 @@ stall       send nothing more after `after` pieces
 half_event  as `cut`, in the middle of a piece
 """
 
+_PROMPTS = ("1", "1 2 3 4")
+_PROBE = [{"role": "user", "content": "1"}]
 DEFAULT_TOKENS = 8
 _BREAKS = ("disconnect", "cut", "half_event")
 
@@ -76,6 +86,11 @@ class FakeReplica:
     refused_paths: tuple[str, ...] = ()
     """what the model cannot do"""
     keeps_requests: bool = True
+    kv: KvExchange | None = None
+    """its part in a pair"""
+    violations: list[str] = field(default_factory=list)
+    """requests that a real half of a pair would have died of"""
+    is_healthy: bool = True
     _runner: web.AppRunner | None = None
 
     @property
@@ -86,6 +101,9 @@ class FakeReplica:
         """Listen; after a `stop` on the same port again."""
         app = web.Application(client_max_size=64 * 1024**2)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        if self.kv is not None:
+            await self.kv.start()
         for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
             app.router.add_post(path, self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.05)
@@ -102,6 +120,8 @@ class FakeReplica:
                     connection.transport.abort()
             await self._runner.cleanup()
             self._runner = None
+            if self.kv is not None:
+                await self.kv.stop()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -110,7 +130,13 @@ class FakeReplica:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
-    async def _models(self, _: web.Request) -> web.Response:
+    async def _health(self, _: web.Request) -> web.Response:
+        self.num_probes += 1
+        return web.Response(status=200 if self.is_healthy else 503)
+
+    async def _models(self, asked: web.Request) -> web.Response:
+        if self.api_key and asked.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return _error(401, "wrong key")
         return web.json_response({"object": "list", "data": [{"id": self.model, "object": "model"}]})
 
     async def _answer(self, asked: web.Request) -> web.StreamResponse:
@@ -121,7 +147,7 @@ class FakeReplica:
             return _error(400, f"{self.model} does not do that")
         if body.get("model") != self.model:
             return _error(404, f"no model {body.get('model')}")
-        is_probe = body.get("max_tokens") == 1 and (body.get("prompt") == "1" or "messages" in body)
+        is_probe = body.get("max_tokens") == 1 and (body.get("prompt") in _PROMPTS or body.get("messages") == _PROBE)
         self.num_probes += is_probe
         if not is_probe and self.keeps_requests:
             self.requests.append({**body, "_path": asked.path_qs})
@@ -132,9 +158,14 @@ class FakeReplica:
             if fault and (early := await _fail_early(asked, fault)):
                 return early
             await asyncio.sleep(self.first_token_s)
+            try:
+                more = await self.kv.begin(asked.headers, body) if self.kv is not None else {}
+            except ProtocolError as error:
+                self.violations.append(str(error))
+                return _error(500, str(error))
             if body.get("stream"):
                 return await self._stream(asked, body, fault)
-            return await self._whole(asked, body, fault)
+            return await self._whole(asked, body, fault, more)
         except (asyncio.CancelledError, ConnectionError):
             self.num_cancelled += not (fault and fault.kind in _BREAKS)
             raise
@@ -149,14 +180,16 @@ class FakeReplica:
                 self.faults.remove(fault)
         return fault
 
-    async def _whole(self, asked: web.Request, body: dict[str, Any], fault: Fault | None) -> web.StreamResponse:
+    async def _whole(
+        self, asked: web.Request, body: dict[str, Any], fault: Fault | None, more: dict[str, Any]
+    ) -> web.StreamResponse:
         if asked.path == "/v1/embeddings":
             answer: dict[str, Any] = {"object": "list", "data": [{"index": 0, "embedding": [0.0, 1.0]}]}
         else:
             text = " ".join(words_of(body))
             await asyncio.sleep(self.token_s * num_tokens(body))
             answer = self._shape(asked, {"text": text, "message": {"role": "assistant", "content": text}})
-        answer["usage"] = _usage(body)
+        answer |= {"usage": _usage(body), **more}
         data = json.dumps(answer).encode()
         response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(data))})
         await response.prepare(asked)

@@ -12,11 +12,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from kv_exchange import KvExchange
 from openai_replica import FakeReplica, serve_until_ended
 
 
@@ -41,6 +44,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--served-model-name")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--gpu-memory-utilization", type=float)
+    parser.add_argument("--kv-transfer-config", type=json.loads)
     args = parser.parse_args()
     behaviour = Behaviour(**json.loads((args.model / "config.json").read_text()))
     print("INFO 11-21 02:00:00 [default_loader.py:1] Loading weights", flush=True)
@@ -55,7 +60,20 @@ def main() -> None:
     fake = FakeReplica(
         name, os.environ.get("VLLM_API_KEY"), name=told, token_s=behaviour.token_s, port=args.port, host=args.host
     )
+    if args.kv_transfer_config:
+        fake.kv = make_exchange(args.kv_transfer_config, os.environ)
     asyncio.run(serve_until_ended(fake))
+
+
+def make_exchange(config: dict[str, Any], env: Mapping[str, str]) -> KvExchange:
+    """Where this half is reached, as the real connectors find it."""
+    role: Literal["prefill", "decode"] = "prefill" if config["kv_role"] == "kv_producer" else "decode"
+    if config["kv_connector"] == "P2pNcclConnector":
+        assert float(config["kv_buffer_size"]) == (10 if role == "prefill" else 8e9)
+        assert env["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] == "1"
+        return KvExchange(role, "p2p", int(config["kv_port"]), env["VLLM_HOST_IP"])
+    host, port = env["VLLM_NIXL_SIDE_CHANNEL_HOST"], int(env["VLLM_NIXL_SIDE_CHANNEL_PORT"])
+    return KvExchange("both", "nixl", port, host)
 
 
 if __name__ == "__main__":

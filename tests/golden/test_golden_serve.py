@@ -18,8 +18,8 @@ from flagscale.runner.render.script import render_script
 GOLDEN = Path(__file__).parent / "serve"
 SITE = Site("/flagscale", None)
 HOSTS = {
-    "deepseek_r1/serve": 4, "deepseek_v3/serve": 2, "kimi_k2/serve": 4, "qwen2_5/serve_ssh": 2,
-    "qwen3/serve_sglang_multiple_nodes": 2,
+    "deepseek_r1/serve": 4, "deepseek_v3/serve": 2, "deepseek_v3/serve_disagg": 2, "kimi_k2/serve": 4,
+    "qwen2_5/serve_ssh": 2, "qwen3/serve_sglang_multiple_nodes": 2,
 }  # fmt: skip
 """how many hosts a replica of each example takes, where that is not one"""
 
@@ -72,7 +72,10 @@ def test_example_is_checked_strictly_and_gives_no_warning(path: Path) -> None:
     assert config.action == "run"
     text = render_dry_run(plan_config(config, SITE))
     assert text == render_dry_run(plan_config(config, SITE))
-    seats = [seat.job for model in service_of(path).models for seat in model.seats]
+    models = service_of(path).models
+    if models:
+        assert len(models) == (2 if "disagg" in path.stem else 1)
+    seats = [seat.job for model in models for seat in model.seats]
     assert {len(job.hosts) for job in seats or list_jobs(path)} == {HOSTS.get(name_of(path), 1)}
 
 

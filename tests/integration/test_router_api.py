@@ -32,7 +32,7 @@ def router_url() -> Iterator[str]:
         assert router.stdin is not None
         assert router.stderr is not None
         entry = {"id": "r0", "url": fake.stdout.readline().strip(), "model": "tiny", "api_key": "own"}
-        settings = {"port": 0, "api_keys": [KEY], "drain_timeout_s": 1}
+        settings = {"port": 0, "api_keys": [KEY], "admin_token": KEY, "drain_timeout_s": 1}
         router.stdin.write(json.dumps({"settings": settings, "replicas": [entry]}))
         router.stdin.close()
         url = next(line for line in router.stderr if "listens" in line).rpartition(" ")[2].strip()

@@ -3,6 +3,7 @@
 The native engine is always there. Others are the user's, so their tests say where they look:
 
     FLAGSCALE_TEST_VLLM        the folder of programs of an environment with vLLM for CPUs
+    FLAGSCALE_TEST_NIXL        a folder with the package `nixl`, for vLLM's connector of that name
     FLAGSCALE_TEST_SGLANG      the same with SGLang for CPUs
     FLAGSCALE_TEST_LLAMA_CPP   the folder with a built `llama-server`
     FLAGSCALE_TEST_GGUF        a model that it loads
@@ -10,13 +11,15 @@ The native engine is always there. Others are the user's, so their tests say whe
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import httpx
 import pytest
 from conftest import SERVICES
 from factories import ROOT
@@ -26,6 +29,7 @@ from flagscale.cli.jobs import compose, plan
 from flagscale.runner.plan.job import LaunchName
 from flagscale.runner.plan.service import decode_service, list_first_jobs
 from flagscale.runner.render.argv import render_argv
+from flagscale.serve.folder import find_control
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -166,6 +170,105 @@ def test_the_engines_own_parser_takes_every_example(engine: str, monkeypatch: py
         env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_vllm_answers_from_a_cache_that_another_instance_computed(bench: Bench, tiny_model: Path) -> None:
+    """By vLLM's connector through a folder, which needs nothing beside."""
+    folder, store = folder_of("FLAGSCALE_TEST_VLLM"), bench.base / "caches"
+    store.mkdir()
+    envs = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    deploy = {"experiment__runner__deploy__prefill_decode_disaggregation": True}
+    bench.write("vllm", None, PATIENCE_S, experiment__envs=envs, **deploy)
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_connector_extra_config": {"shared_storage_path": str(store)},
+    }
+    args = {
+        "dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": True, "block_size": 32,
+        "enable_prefix_caching": False, "kv_transfer_config": connector,
+    }  # fmt: skip
+    serve(bench, "--model-path", str(tiny_model), "--bin-dir", folder, "--engine-args", json.dumps(args))
+    urls = {row["role"]: row["url"] for row in bench.look()["replicas"]}
+    _wipe(store)
+    alone = _ask_engine(bench, urls["prefill"])
+    _wipe(store)
+    paired = _ask_engine(bench, bench.url)
+    assert paired["tokens"] == alone["tokens"]
+    assert paired["token_logprobs"] == pytest.approx(alone["token_logprobs"], abs=0.02)
+    decode_log = (bench.exp_dir / "serve/m-decode-0/serve_logs/host_0_localhost.output").read_text()
+    prefill_log = (bench.exp_dir / "serve/m-prefill-0/serve_logs/host_0_localhost.output").read_text()
+    assert "Inject KV cache of 64 tokens" in decode_log
+    assert "Inject KV cache of 64 tokens" not in prefill_log
+    # with another cache in its place the answer is another: what the store holds is really what is computed with
+    _spoil(store)
+    spoilt = _ask_engine(bench, urls["decode"])
+    assert spoilt["token_logprobs"][0] != pytest.approx(alone["token_logprobs"][0], abs=0.02)
+    ask_everything(bench.url, "m")
+    assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_vllm_pulls_a_cache_over_nixl(bench: Bench, tiny_model: Path) -> None:
+    folder, package = folder_of("FLAGSCALE_TEST_VLLM"), folder_of("FLAGSCALE_TEST_NIXL")
+    envs = {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": package,
+    }  # fmt: skip
+    words = {"prefill_decode_disaggregation": True, "prefill_decode_connector": "NixlConnector"}
+    deploy = {f"experiment__runner__deploy__{name}": value for name, value in words.items()}
+    bench.write("vllm", None, PATIENCE_S, experiment__envs=envs, **deploy)
+    args = {
+        "dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": True, "block_size": 32,
+        "enable_prefix_caching": False,
+    }  # fmt: skip
+    serve(bench, "--model-path", str(tiny_model), "--bin-dir", folder, "--engine-args", json.dumps(args))
+    urls = {row["role"]: row["url"] for row in bench.look()["replicas"]}
+    alone = _ask_engine(bench, urls["prefill"])
+    before = _count_pulls(urls["decode"])
+    paired = _ask_engine(bench, bench.url)
+    assert _count_pulls(urls["decode"]) == before + 1
+    assert paired["tokens"] == alone["tokens"]
+    assert paired["token_logprobs"] == pytest.approx(alone["token_logprobs"], abs=0.02)
+    ask_everything(bench.url, "m")
+    assert _count_pulls(urls["decode"]) > before + 1
+    assert bench.serve("stop").stdout.endswith("stopped\n")
+
+
+def _count_pulls(url: str) -> int:
+    """How many caches a vLLM has pulled over NIXL."""
+    rows = httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text.splitlines()
+    values = [row.rpartition(" ")[2] for row in rows if row.startswith("vllm:nixl_xfer_time_seconds_count")]
+    return int(sum(map(float, values)))
+
+
+def _ask_engine(bench: Bench, url: str) -> dict[str, Any]:
+    """Greedy tokens and their log-probabilities, of a service or of one of its engines."""
+    control = find_control(bench.exp_dir)
+    assert control is not None
+    prompt = "Prompts that are longer than two blocks of the cache are handed over by whole blocks."
+    body = {"model": "m", "prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 1}
+    headers = {"Authorization": f"Bearer {control.engine_key}"}
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=PATIENCE_S)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()["choices"][0]["logprobs"]
+    return found
+
+
+def _wipe(store: Path) -> None:
+    for entry in store.iterdir():
+        shutil.rmtree(entry)
+
+
+def _spoil(store: Path) -> None:
+    """Another cache under the same names."""
+    from safetensors.torch import load_file, save_file
+
+    for path in store.glob("*/*.safetensors"):
+        save_file({name: tensor.flip(0).contiguous() for name, tensor in load_file(path).items()}, path)
 
 
 @pytest.mark.engine

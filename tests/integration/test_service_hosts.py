@@ -29,7 +29,9 @@ def make_bench(make_hosts: MakeHosts, base: Path, num_hosts: int, is_shared: boo
     bench = HostBench(make_hosts(num_hosts, () if is_shared else (base / "exp",)), base)
     (base / "hostfile").write_text("".join(f"h{number} slots=2 type=cpu\n" for number in range(1, num_hosts + 1)))
     args = {"model": str(base / "model"), "served_model_name": "m"}
-    model = serve_model(serve_id="m", engine_args=args, resources={"num_replicas": num_hosts})
+    is_paired = deploy.get("prefill_decode_disaggregation", False)
+    resources = {} if is_paired else {"num_replicas": num_hosts}
+    model = serve_model(serve_id="m", engine_args=args, resources=resources)
     runner: dict[str, Any] = {
         "hostfile": str(base / "hostfile"),
         "bin_dir": str(base / "bin"),
@@ -37,7 +39,13 @@ def make_bench(make_hosts: MakeHosts, base: Path, num_hosts: int, is_shared: boo
         "no_shared_fs": not is_shared,
         "deploy": {"port": PORT, **deploy},
     }
-    tree = serve_tree(model, experiment__exp_dir=str(bench.exp_dir), experiment__runner=runner)
+    addresses = {host.name: {"VLLM_HOST_IP": bench.hosts.host(host.name).address} for host in bench.hosts.layout.hosts}
+    tree = serve_tree(
+        model,
+        experiment__exp_dir=str(bench.exp_dir),
+        experiment__runner=runner,
+        experiment__node_specific=addresses if is_paired else {},
+    )
     write_config(base / "conf", tree, "serve")
     return bench
 
@@ -85,6 +93,22 @@ def test_replicas_on_two_hosts_behind_one_address(make_hosts: MakeHosts, tmp_pat
         assert '"w0 w1 w2"' in ask(bench, f"http://127.0.0.1:{PORT}")
     bench.hosts.start("h2")
     # a replica may just be on its way to the host that came back: it is waited for, and ended
+    done = bench.call("serve", "stop", str(bench.exp_dir), timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    assert list_engines(bench) == []
+
+
+def test_caches_go_from_one_host_to_another(make_hosts: MakeHosts, tmp_path: Path) -> None:
+    """Prompts are computed on h2 and answered from h1, by addresses that each reaches of the other."""
+    words = {"prefill_address": "h2", "decode_address": "h1", "prefill_decode_log_dir": str(tmp_path / "halves")}
+    bench = make_bench(make_hosts, tmp_path / "base", 2, prefill_decode_disaggregation=True, **words)
+    done = bench.call("serve", str(bench.base / "conf" / "serve.yaml"))
+    assert done.returncode == 0, done.stderr
+    rows = {row["role"]: row for row in status_of(bench)["replicas"]}
+    assert (rows["prefill"]["hosts"], rows["decode"]["hosts"]) == (["h2"], ["h1"])
+    assert '"w0 w1 w2"' in ask(bench, f"http://127.0.0.1:{PORT}")
+    assert [row["requests"] for row in status_of(bench)["replicas"]] == [2, 2]
+    assert "Loading weights" in (tmp_path / "halves" / "prefill_0" / "host_0_h2.output").read_text()
     done = bench.call("serve", "stop", str(bench.exp_dir), timeout_s=300)
     assert done.returncode == 0, done.stderr
     assert list_engines(bench) == []

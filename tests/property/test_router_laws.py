@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Hashable
 from hashlib import blake2b
 from typing import get_args
 
@@ -13,8 +14,8 @@ from routers import until
 from flagscale.serve.router.breaker import Breaker
 from flagscale.serve.router.forward import split_events
 from flagscale.serve.router.hold import HoldQueue, HoldRefusedError
-from flagscale.serve.router.policies import ByKey, Load, RoundRobin, make_policy, score
-from flagscale.serve.router.settings import PolicyName, RouterSettings
+from flagscale.serve.router.policies import PAIR_POLICIES, ByKey, Load, RoundRobin, choose_pair, make_policy, score
+from flagscale.serve.router.settings import PairPolicyName, PolicyName, RouterSettings
 
 IDS = st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=8, unique=True)
 WEIGHTS = st.floats(0.1, 10)
@@ -23,7 +24,7 @@ KEYS = st.none() | st.text(max_size=20)
 
 @st.composite
 def loads(draw: st.DrawFn) -> tuple[Load, ...]:
-    return tuple(Load(name, draw(st.integers(0, 50)), draw(WEIGHTS)) for name in draw(IDS))
+    return tuple(Load(name, draw(st.integers(0, 50)), draw(WEIGHTS), draw(st.integers(0, 999))) for name in draw(IDS))
 
 
 @given(st.sampled_from(get_args(PolicyName)), st.lists(st.tuples(loads(), KEYS), min_size=1, max_size=5))
@@ -78,6 +79,52 @@ def test_round_robin_gives_each_its_weight_in_every_round(weights: list[int], ro
     for _ in range(rounds):
         turn = [policy.choose(ready, None) for _ in range(sum(weights))]
         assert [turn.count(load.id) for load in ready] == weights
+
+
+@st.composite
+def sides(draw: st.DrawFn) -> dict[Hashable, list[Load]]:
+    """Ready halves by their group, each with requests and tokens in flight."""
+    made: dict[Hashable, list[Load]] = {}
+    for name in draw(st.lists(st.text(min_size=1, max_size=4), max_size=6, unique=True)):
+        load = Load(name, draw(st.integers(0, 20)), draw(WEIGHTS), draw(st.integers(0, 5000)))
+        made.setdefault(draw(st.sampled_from(["v1", "v2", "v3"])), []).append(load)
+    return made
+
+
+@given(st.sampled_from(get_args(PairPolicyName)), sides(), sides())
+def test_a_pair_is_of_one_group_and_found_whenever_there_is_one(
+    name: PairPolicyName, prefills: dict[Hashable, list[Load]], decodes: dict[Hashable, list[Load]]
+) -> None:
+    pair = choose_pair(PAIR_POLICIES[name](), prefills, decodes)
+    if pair is None:
+        assert not prefills.keys() & decodes.keys()
+        return
+    of = [
+        next(group for group, loads in side.items() if chosen in {load.id for load in loads})
+        for side, chosen in zip((prefills, decodes), pair, strict=True)
+    ]
+    assert of[0] == of[1]
+
+
+@given(loads(), st.sampled_from(["slo", "robin"]))
+def test_no_half_has_less_to_do_than_the_one_that_is_chosen(ready: tuple[Load, ...], name: PairPolicyName) -> None:
+    measure = {
+        "slo": lambda it: it.tokens / it.weight,
+        "robin": lambda it: (it.in_flight + 1) / it.weight,
+    }[name]
+    prefill, decode = choose_pair(PAIR_POLICIES[name](), {1: ready}, {1: ready}) or ("", "")
+    least = min(map(measure, ready))
+    assert all(measure(next(it for it in ready if it.id == chosen)) == least for chosen in (prefill, decode))
+
+
+@given(st.lists(st.integers(1, 2000), min_size=4, max_size=40))
+def test_tokens_are_spread_within_the_largest_request(sizes: list[int]) -> None:
+    """`slo` over halves that nothing leaves: no two differ by more than one request."""
+    tokens = dict.fromkeys("abc", 0)
+    for size in sizes:
+        ready = [Load(name, 0, tokens=count) for name, count in tokens.items()]
+        tokens[PAIR_POLICIES["slo"]().choose(ready, None)] += size
+    assert max(tokens.values()) - min(tokens.values()) <= max(sizes)
 
 
 class BreakerMachine(RuleBasedStateMachine):

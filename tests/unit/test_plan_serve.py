@@ -317,8 +317,6 @@ def test_an_entry_point_of_its_own_reads_its_section_from_a_file() -> None:
 
 
 def test_shapes_that_are_not_planned_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="prefill_decode_disaggregation"):
-        plan(serve_tree(experiment__runner__deploy={"prefill_decode_disaggregation": True}))
     tree = serve_tree(experiment__task__entrypoint="s.py", experiment__runner__deploy={"enable_composition": True})
     tree["serve"] = {"engine": {}}
     with pytest.raises(UserError, match="a graph of models is a list of nodes"):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from routers import run, settings, until
 from flagscale.errors import UserError
 from flagscale.serve.router.pool import Pool, Replica, UnknownModelError
 from flagscale.serve.router.probe import ProbeResult
+from flagscale.serve.router.request import Request
 from flagscale.serve.router.settings import RouterSettings
 
 NEVER = float("inf")
@@ -26,6 +28,9 @@ class Probes:
         self.asked.append(replica.id)
         await asyncio.sleep(0)
         return self.results.get(replica.id, ProbeResult(True, 0.0))
+
+
+ANY = Request("/v1/completions", (), b'{"model": "m", "prompt": "abc", "max_tokens": 7}', "m", None)
 
 
 def made(*ids: str, **changes: Any) -> tuple[Pool, Probes]:
@@ -150,12 +155,12 @@ def test_what_has_failed_a_request_is_tried_again_only_after_a_probe() -> None:
         tried = frozenset({("a", lease.epoch)})
         assert pool.find_lease("m", None, tried) is None
         loop = asyncio.get_running_loop()
-        waiting = asyncio.create_task(pool.acquire("m", None, tried, loop.time() + 10))
+        waiting = asyncio.create_task(pool.acquire(ANY, tried, loop.time() + 10))
         await asyncio.sleep(0)
         assert pool.held("m") == pool.held() == 1
         lease.failed("connection reset")
         lease.release()
-        (await waiting).release()
+        (await waiting)[0].release()
         assert probes.asked == ["a", "a"]
         assert pool.held() == 0
         await pool.close()
@@ -190,7 +195,7 @@ def test_who_waits_for_a_model_that_leaves_is_told() -> None:
     async def work() -> None:
         pool, _ = made("a")
         loop = asyncio.get_running_loop()
-        waiting = asyncio.create_task(pool.acquire("m", None, frozenset(), loop.time() + 10))
+        waiting = asyncio.create_task(pool.acquire(ANY, frozenset(), loop.time() + 10))
         await asyncio.sleep(0)
         pool.remove("a")
         with pytest.raises(UnknownModelError, match="there are: none"):
@@ -206,16 +211,38 @@ def test_an_expected_model_is_known_before_and_between_its_replicas() -> None:
         assert pool.models() == ("m",)
         pool.start()
         loop = asyncio.get_running_loop()
-        waiting = asyncio.create_task(pool.acquire("m", None, frozenset(), loop.time() + 10))
+        waiting = asyncio.create_task(pool.acquire(ANY, frozenset(), loop.time() + 10))
         await until(lambda: pool.held("m") == 1)
         pool.add(Replica("a", "http://127.0.0.1:1", "m"))
-        (await waiting).release()
+        (await waiting)[0].release()
         pool.remove("a")
-        waiting = asyncio.create_task(pool.acquire("m", None, frozenset(), loop.time() + 10))
+        waiting = asyncio.create_task(pool.acquire(ANY, frozenset(), loop.time() + 10))
         await until(lambda: pool.held("m") == 1)
         pool.expect(["other"])
         with pytest.raises(UnknownModelError, match="there are: other"):
             await waiting
+        await pool.close()
+
+    run(work())
+
+
+def test_tokens_are_a_load_until_they_are_computed() -> None:
+    async def work() -> None:
+        pool, _ = made()
+        for name, role in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode")):
+            pool.add(Replica(name, "http://127.0.0.1:1", "m", role=role, handover="nixl"))  # type: ignore[arg-type]
+        pool.start()
+        await until(lambda: all(state.is_ready for state in pool.states()))
+        long = replace(ANY, body=b'{"model": "m", "prompt": "%s", "max_tokens": 7}' % (b"x" * 4000))
+        first, first_decode = pool.find_route(long)
+        assert (first.tokens, first_decode.tokens) == (1001, 1008)
+        others = [pool.find_route(ANY) for _ in range(3)]
+        assert {prefill.replica.id for prefill, _ in others} == {"p0", "p1"} - {first.replica.id}
+        first.computed()
+        after, _ = pool.find_route(ANY)
+        assert after.replica.id == first.replica.id
+        with pytest.raises(UserError, match="the others are prefill or decode"):
+            pool.add(Replica("whole", "http://127.0.0.1:1", "m"))
         await pool.close()
 
     run(work())
@@ -227,10 +254,10 @@ def test_a_replica_that_joins_takes_those_who_wait() -> None:
         probes.results["a"] = ProbeResult(False, 0, "dead")
         pool.start()
         loop = asyncio.get_running_loop()
-        waiting = asyncio.create_task(pool.acquire("m", None, frozenset(), loop.time() + 10))
+        waiting = asyncio.create_task(pool.acquire(ANY, frozenset(), loop.time() + 10))
         await asyncio.sleep(0)
         pool.add(Replica("b", "http://127.0.0.1:2", "m", version="2"))
-        assert (await waiting).replica.version == "2"
+        assert (await waiting)[0].replica.version == "2"
         await pool.close()
 
     run(work())

@@ -84,7 +84,8 @@ def test_the_cause_is_the_first_line_and_the_log_follows(tmp_path: Path) -> None
     log = tmp_path / "serve_logs" / "host_0_localhost.output"
     log.parent.mkdir()
     log.write_text("\n".join(f"line {number}" for number in range(50)))
-    row = {"name": "m-0", "state": "failed", "cause": str(Cause("memory", "out of memory")), "exp_dir": str(tmp_path)}
+    cause = str(Cause("memory", "out of memory"))
+    row = {"name": "m-0", "state": "failed", "cause": cause, "log_dir": str(log.parent)}
     lines = explain_failure({"replicas": [row], "why": None}).splitlines()
     assert lines[0] == "the service did not start: m-0: out of memory"
     assert lines[1] == f"last lines of {log}:"

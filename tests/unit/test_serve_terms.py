@@ -60,6 +60,18 @@ def test_settings_are_the_service_s_with_the_key_of_the_environment() -> None:
     assert make_settings(service_of(), {}).api_keys == ()
 
 
+def test_the_token_of_who_adds_replicas_is_the_environment_s(tmp_path: Path) -> None:
+    deploy = {"admin_token_env": "ADMIN", "prefill_decode_disaggregation": True, "prefill_decode_strategy": "random"}
+    service = service_of(experiment__runner=ON_CPU | {"bin_dir": bin_dir(tmp_path, "vllm"), "deploy": deploy})
+    settings = make_settings(service, {"ADMIN": "token"})
+    assert settings.admin_token is not None
+    assert (settings.admin_token.get_secret_value(), settings.pair_policy) == ("token", "random")
+    assert make_settings(service, {}).admin_token is None
+    with pytest.raises(UserError, match=r"\$ADMIN is not set; it is to hold the token of who adds replicas"):
+        check_service(service, {})
+    assert "ADMIN" in dict(plan(serve_tree(experiment__runner__deploy={"admin_token_env": "ADMIN"})).secrets)
+
+
 def test_an_open_address_needs_a_key() -> None:
     with pytest.raises(UserError, match=r"experiment\.runner\.deploy: .*0\.0\.0\.0.*needs at least one key"):
         make_settings(service_of(experiment__runner__deploy={"host": "0.0.0.0"}), {})

@@ -79,7 +79,7 @@ def _check_router(values: dict[str, Any]) -> dict[str, Any]:
     """Only what is the user's to set: address and keys come from elsewhere."""
     from flagscale.serve.router.settings import RouterSettings
 
-    known = RouterSettings.model_fields.keys() - {"host", "port", "api_keys"}
+    known = RouterSettings.model_fields.keys() - {"host", "port", "api_keys", "admin_token", "pair_policy"}
     for name in values.keys() - known:
         near = find_nearest(name, known)
         raise ValueError(f"settings of the router, which has no `{name}`" + f"; did you mean `{near}`?" * bool(near))
@@ -136,14 +136,23 @@ class Deploy(Section):
     request: Request | None = None
     working_dir: str | None = None
     """a folder whose files a graph's nodes get on every host, and start in"""
+    admin_token_env: VariableName | None = None
+    """the environment variable with the token of who adds replicas to the running service; without it nobody may"""
     prefill_decode_disaggregation: bool = False
+    """prompts and what follows them are computed by different replicas"""
     prefill_num: int = Field(default=1, ge=1)
     decode_num: int = Field(default=1, ge=1)
     prefill_address: str = "auto"
+    """the host whose chips the prefill replicas get; auto: the first with room"""
     decode_address: str = "auto"
     prefill_decode_strategy: Literal["slo", "robin", "random"] = "slo"
+    """which pair takes a request: the one with the fewest tokens in flight, with the fewest requests, any"""
+    prefill_decode_connector: str | None = None
+    """what hands the cache over in vLLM; default what `engine_args.kv_transfer_config` names, else P2pNcclConnector"""
     prefill_decode_log_dir: str | None = None
+    """where `prefill_<i>/` and `decode_<i>/` have the replicas' logs; default with each replica's other files"""
     decode_gpu_memory_utilization: float = Field(default=0.7, gt=0, le=1)
+    """`gpu_memory_utilization` of decode replicas; their caches arrive beside what the engine takes for itself"""
 
 
 class CliArgs(Section):

@@ -12,6 +12,10 @@ OF_DEPLOY = {
     "use_fs_serve": "each engine runs as a process of its own, without Ray Serve",
     "working_dir": "engines start in the project's root",
 }
+OF_DISAGGREGATION = {
+    "prefill_num", "decode_num", "prefill_address", "decode_address", "prefill_decode_strategy",
+    "prefill_decode_connector", "prefill_decode_log_dir", "decode_gpu_memory_utilization",
+}  # fmt: skip
 
 
 def find_idle(experiment: Experiment) -> list[Fault]:
@@ -33,6 +37,10 @@ def find_idle(experiment: Experiment) -> list[Fault]:
         if name in runner.model_fields_set and runner.type != kind:
             text = f"has no effect: experiment.runner.type is {runner.type}, not {kind}"
             warnings.append(Fault(f"experiment.runner.{name}", text))
+    if not deploy.prefill_decode_disaggregation:
+        idle = deploy.model_fields_set & OF_DISAGGREGATION
+        text = "has no effect: prefill_decode_disaggregation is off"
+        warnings += [Fault(f"experiment.runner.deploy.{name}", text) for name in sorted(idle)]
     if experiment.auto_tuner:
         warnings.append(Fault("experiment.auto_tuner", "has no effect in this release: there is no tuner"))
     return warnings

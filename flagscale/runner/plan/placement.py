@@ -66,30 +66,32 @@ class Ground:
         self.next_id = 0
         self.turn = 0
 
-    def place(self, need: Need, wanted: int) -> list[Place]:
-        """Places for `wanted` replicas.
+    def place(self, need: Need, wanted: int, only: str | None = None) -> list[Place]:
+        """Places for `wanted` replicas, on the host `only` where one is named.
 
         Raises:
             ConfigError: there are fewer chips than that.
         """
         before = dict(self.free)
-        places = self.place_more(need, wanted)
+        places = self.place_more(need, wanted, only)
         if len(places) < wanted:
-            raise ConfigError([_describe_lack(need, wanted, before)])
+            seen = {name: free for name, free in before.items() if only in (None, name)}
+            raise ConfigError([_describe_lack(need, wanted, seen)])
         return places
 
-    def place_more(self, need: Need, at_most: int) -> list[Place]:
+    def place_more(self, need: Need, at_most: int, only: str | None = None) -> list[Place]:
         """As many places as there are chips for, up to `at_most`."""
         places: list[Place] = []
-        while len(places) < at_most and (place := self._place(need.num_devices)):
+        hosts = tuple(host for host in self.hosts if only in (None, host.name))
+        while len(places) < at_most and (place := self._place(need.num_devices, hosts)):
             places.append(place)
         return places
 
-    def _place(self, num_devices: int) -> Place | None:
+    def _place(self, num_devices: int, hosts: tuple[Host, ...]) -> Place | None:
         if num_devices == 0:
             self.turn += 1
-            return (Share(self.hosts[(self.turn - 1) % len(self.hosts)], ()),)
-        for host in self.hosts:
+            return (Share(hosts[(self.turn - 1) % len(hosts)], ()),)
+        for host in hosts:
             free = self.free[host.name]
             if free is None:  # this machine, whose chips are counted at the launch
                 self.next_id += num_devices
@@ -97,12 +99,12 @@ class Ground:
             if len(free) >= num_devices:
                 self.free[host.name] = free[num_devices:]
                 return (Share(host, free[:num_devices]),)
-        return self._place_over_hosts(num_devices)
+        return self._place_over_hosts(num_devices, hosts)
 
-    def _place_over_hosts(self, num_devices: int) -> Place | None:
+    def _place_over_hosts(self, num_devices: int, hosts: tuple[Host, ...]) -> Place | None:
         """Whole hosts, all with equally many chips, since every engine expects that."""
         shares: list[Share] = []
-        for host in self.hosts:
+        for host in hosts:
             free = self.free[host.name] or ()
             if len(free) < host.slots or (shares and len(shares[0].device_ids) != len(free)):
                 continue

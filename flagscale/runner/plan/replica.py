@@ -1,6 +1,6 @@
 """One replica of a model as a job of its own: the same plan as any other, in a folder of its own."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -8,7 +8,7 @@ from flagscale.runner.config.load import Config
 from flagscale.runner.config.tasks import ServeModel
 from flagscale.runner.plan.common import Outputs, environment_of, plan_host, plan_job, plan_ray, ray_address
 from flagscale.runner.plan.engines import KEY_VARIABLES, Arguments, Environment, plan_engine
-from flagscale.runner.plan.job import AtLaunch, JobPlan, ProcessSpec
+from flagscale.runner.plan.job import AtLaunch, JobPlan, ProcessSpec, Word
 from flagscale.runner.plan.placement import Place, chip_of
 from flagscale.runner.plan.service import ENGINE_KEY, REPLICA_TASK
 from flagscale.runner.plan.site import Site
@@ -17,22 +17,48 @@ Crowd = dict[str, int]
 """host -> how many replicas compute there, of those that a service begins with"""
 
 
+@dataclass(frozen=True, slots=True)
+class Special:
+    """What one replica has that others of its model have not: words, variables under the user's own, a log folder.
+
+    kv_host, kv_port: as `Seat`'s
+    """
+
+    words: tuple[Word, ...] = ()
+    env: Environment = ()
+    log_dir: str = ""
+    kv_host: str = ""
+    kv_port: int = 0
+
+
+ORDINARY = Special()
+
+
 def plan_replica(
-    config: Config, site: Site, model: ServeModel, arguments: Arguments, place: Place, exp_dir: str, crowd: Crowd
+    config: Config,
+    site: Site,
+    model: ServeModel,
+    arguments: Arguments,
+    place: Place,
+    exp_dir: str,
+    crowd: Crowd,
+    special: Special = ORDINARY,
 ) -> JobPlan:
     """The job of one replica, its outputs below `exp_dir`."""
     assert model.engine is not None
-    outputs = Outputs(exp_dir, f"{exp_dir}/serve_logs")
+    outputs = Outputs(exp_dir, special.log_dir or f"{exp_dir}/serve_logs")
     hosts = tuple(share.host for share in place)
     rows = []
     for node_rank, share in enumerate(place):
-        env = _environment_of(config, model, place, node_rank, crowd)
+        given = dict(_environment_of(config, model, place, node_rank, crowd))
+        env: Environment = tuple((dict(special.env) | given).items())
         processes: tuple[ProcessSpec, ...] = ()
         if model.engine == "vllm" and len(place) > 1:
             env = (*env, ("RAY_ADDRESS", ray_address(config, hosts)))
             processes = plan_ray(config, site, share.host, node_rank, env, hosts)
         if node_rank == 0 or model.engine == "sglang":
-            processes += (plan_engine(config, site, model, arguments, place, node_rank, env),)
+            engine = plan_engine(config, site, model, arguments, place, node_rank, env)
+            processes += (replace(engine, argv=(*engine.argv, *special.words)),)
         rows.append(plan_host(config, outputs, share.host, node_rank, processes))
     job = plan_job(config, outputs, tuple(rows))
     secrets = dict(config.secrets)

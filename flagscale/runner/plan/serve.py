@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flagscale.errors import ConfigError, Fault, UserError
+from flagscale.runner.config.experiment import Deploy
 from flagscale.runner.config.hostfile import Host
 from flagscale.runner.config.load import Config
 from flagscale.runner.config.tasks import CustomServe, ServeModel
@@ -22,6 +23,7 @@ from flagscale.runner.plan.common import (
     require_entrypoint,
 )
 from flagscale.runner.plan.composed import plan_composed
+from flagscale.runner.plan.disaggregation import Side, change_arguments, find_sides, name_side, plan_side
 from flagscale.runner.plan.engines import (
     LOOPBACK,
     Arguments,
@@ -33,7 +35,7 @@ from flagscale.runner.plan.engines import (
 )
 from flagscale.runner.plan.job import AtLaunch, HostPlan, JobPlan, ProcessSpec
 from flagscale.runner.plan.placement import Ground, Need, Place
-from flagscale.runner.plan.replica import Crowd, plan_replica
+from flagscale.runner.plan.replica import ORDINARY, Crowd, plan_replica
 from flagscale.runner.plan.scaling import Scaling, scaling_of
 from flagscale.runner.plan.service import DEFAULT_PORT, ModelPlan, Seat, ServicePlan, encode_service
 from flagscale.runner.plan.site import Site
@@ -49,9 +51,6 @@ def plan_serve(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
         UserError: the configuration asks for a shape of service that cannot be planned, or for more than there is.
     """
     deploy = config.experiment.runner.deploy
-    if deploy.prefill_decode_disaggregation:
-        key = "prefill_decode_disaggregation"
-        raise UserError(f"experiment.runner.deploy.{key}: this release plans engines side by side, not this shape")
     if isinstance(config.task, CustomServe):
         if deploy.enable_composition:
             text = "`serve` is a mapping with an entry point of its own; a graph of models is a list of nodes"
@@ -71,7 +70,7 @@ def plan_serve(config: Config, hosts: tuple[Host, ...], site: Site) -> JobPlan:
     )
     dirs = (outputs.log_dir, outputs.pids_dir, outputs.details_dir)
     host = HostPlan(Host("localhost", 1), 0, (process,), make_dirs=dirs)
-    sources = {source for _, source in config.secrets.items()} | ({deploy.api_key_env} if deploy.api_key_env else set())
+    sources = {*config.secrets.values(), *filter(None, (deploy.api_key_env, deploy.admin_token_env))}
     job = plan_job(config, outputs, (host,), service=encode_service(service))
     engines = ", ".join(dict.fromkeys(model.engine for model in service.models))
     secrets = tuple((source, source) for source in sorted(sources))
@@ -95,7 +94,12 @@ class _Row:
     arguments: Arguments
     scaling: Scaling
     need: Need
+    side: Side | None = None
     places: list[Place] = field(default_factory=list)
+
+    @property
+    def address(self) -> str | None:
+        return self.side.address if self.side else None
 
 
 def plan_service(config: Config, site: Site) -> ServicePlan:
@@ -105,14 +109,14 @@ def plan_service(config: Config, site: Site) -> ServicePlan:
         UserError: as `plan_serve`.
     """
     assert isinstance(config.task, tuple)
-    rows = [_start_row(config, index, model) for index, model in enumerate(config.task)]
+    rows = [row for index, model in enumerate(config.task) for row in _start_rows(config, index, model)]
     ground = Ground(config)
     for row in rows:
-        row.places = ground.place(row.need, row.scaling.highest)
+        row.places = ground.place(row.need, row.scaling.highest, row.address)
     firsts = [place for row in rows for place in row.places[: row.scaling.initial]]
     crowd = dict(Counter(share.host.name for place in firsts for share in place))
     for row in rows:  # room for an update, which must not take what another model needs
-        row.places += ground.place_more(row.need, row.scaling.highest)
+        row.places += ground.place_more(row.need, row.scaling.highest, row.address)
     deploy = config.experiment.runner.deploy
     return ServicePlan(
         name=config.experiment.exp_name or "service",
@@ -121,35 +125,48 @@ def plan_service(config: Config, site: Site) -> ServicePlan:
         port=_find_port(config, rows),
         api_key_env=deploy.api_key_env or "",
         models=tuple(_plan_model(config, site, row, crowd) for row in rows),
-        router=tuple(deploy.router.items()),
+        router=(*deploy.router.items(), *_pair_policy(deploy)),
         start_timeout_s=config.experiment.runner.start_timeout_s,
+        admin_token_env=deploy.admin_token_env or "",
         host_lost_after_s=deploy.host_lost_after_s,
     )
 
 
-def _start_row(config: Config, index: int, model: ServeModel) -> _Row:
+def _start_rows(config: Config, index: int, model: ServeModel) -> list[_Row]:
+    """One pool of seats for a model, or two where its prompts are computed apart."""
     assert model.engine is not None
     arguments = merge_arguments(config, index, model)
     if "api_key" in arguments:
         text = "would stand on a command line"
         instead = "an environment variable with the key, named by experiment.runner.deploy.api_key_env"
         raise ConfigError([Fault(f"serve.{index}.engine_args.api_key", text, expected=instead)])
-    return _Row(index, model, arguments, scaling_of(index, model), count_devices(config, index, model, arguments))
+    need = count_devices(config, index, model, arguments)
+    if sides := find_sides(config, index, model, arguments):
+        return [_Row(index, model, change_arguments(it, arguments), it.scaling, need, it) for it in sides]
+    return [_Row(index, model, arguments, scaling_of(index, model), need)]
 
 
 def _plan_model(config: Config, site: Site, row: _Row, crowd: Crowd) -> ModelPlan:
-    model, arguments = row.model, row.arguments
+    model, arguments, side = row.model, row.arguments, row.side
     assert model.engine is not None
     named = find_served_name(model.engine, arguments)
     served_name = named or str(arguments[model_argument(model.engine)])
     if named is None and model.engine in NAMED_OTHERWISE:
         arguments = {**arguments, name_argument(model.engine): served_name}
+    name = name_side(model.serve_id, side)
     seats = []
     for number, place in enumerate(row.places):
-        exp_dir = f"{find_outputs(config).exp_dir}/serve/{model.serve_id}-{number}"
-        job = plan_replica(config, site, model, arguments, place, exp_dir, crowd)
-        seats.append(Seat(job, (exp_dir, *(name for share in place for name in share.takes))))
-    return ModelPlan(model.serve_id, model.engine, served_name, row.scaling, tuple(seats))
+        exp_dir = f"{find_outputs(config).exp_dir}/serve/{name}-{number}"
+        special = plan_side(config, side, place, number) if side else ORDINARY
+        job = plan_replica(config, site, model, arguments, place, exp_dir, crowd, special)
+        takes = (exp_dir, *(name for share in place for name in share.takes))
+        seats.append(Seat(job, takes, special.kv_host, special.kv_port))
+    plan = ModelPlan(name, model.engine, served_name, row.scaling, tuple(seats))
+    return replace(plan, role=side.role, handover=side.handover) if side else plan
+
+
+def _pair_policy(deploy: Deploy) -> tuple[tuple[str, Any], ...]:
+    return (("pair_policy", deploy.prefill_decode_strategy),) if deploy.prefill_decode_disaggregation else ()
 
 
 def _find_one(name: str, rows: list[_Row]) -> Any:

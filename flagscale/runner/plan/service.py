@@ -12,6 +12,7 @@ from typing import Any
 from flagscale.runner.plan.graph import GraphPlan, decode_graph, encode_graph
 from flagscale.runner.plan.job import JobPlan, decode_plan, encode_plan
 from flagscale.runner.plan.scaling import Scaling
+from flagscale.serve.router.settings import Handover, Role
 
 ENGINE_KEY = "FLAGSCALE_ENGINE_KEY"
 """The variable under which the controller hands the key of its own engines to a launch."""
@@ -25,17 +26,22 @@ class Seat:
     """A place for one replica.
 
     takes: what no other replica may have at that time: its folder, and `host/device` for each chip
+    kv_host: where the other half of a pair reaches its cache; empty where it need not know
+    kv_port: the port there; 0: the one after the engine's own
     """
 
     job: JobPlan
     takes: tuple[str, ...]
+    kv_host: str = ""
+    kv_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """One model of a service.
+    """One model of a service, or one of the two pools of a model whose prompts are computed apart.
 
-    name: its serve_id; served_name: what a request calls it
+    name: its serve_id, of a pool with its role; served_name: what a request calls it; handover: how the cache gets from
+    one pool to the other
     """
 
     name: str
@@ -43,6 +49,8 @@ class ModelPlan:
     served_name: str
     scaling: Scaling
     seats: tuple[Seat, ...]
+    role: Role = "whole"
+    handover: Handover | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,7 @@ class ServicePlan:
     """A whole service.
 
     api_key_env: the environment variable that holds the key of its callers; empty where they need none
+    admin_token_env: that of who may add replicas while it runs; empty where nobody may
     router: further settings of the router, by name
     graph: what answers in place of `models`, of which there are none then
     """
@@ -62,6 +71,7 @@ class ServicePlan:
     models: tuple[ModelPlan, ...]
     router: tuple[tuple[str, Any], ...] = ()
     start_timeout_s: float = 1800.0
+    admin_token_env: str = ""
     host_lost_after_s: float = 120.0
     graph: GraphPlan | None = None
 
@@ -85,7 +95,17 @@ def encode_service(service: ServicePlan) -> dict[str, Any]:
             "engine": model.engine,
             "served_name": model.served_name,
             "scaling": {name: getattr(model.scaling, name) for name in Scaling.__dataclass_fields__},
-            "seats": [{"job": encode_plan(seat.job), "takes": list(seat.takes)} for seat in model.seats],
+            "seats": [
+                {
+                    "job": encode_plan(seat.job),
+                    "takes": list(seat.takes),
+                    "kv_host": seat.kv_host,
+                    "kv_port": seat.kv_port,
+                }
+                for seat in model.seats
+            ],
+            "role": model.role,
+            "handover": model.handover,
         }
         for model in service.models
     ]
@@ -105,7 +125,10 @@ def decode_service(row: Mapping[str, Any]) -> ServicePlan:
             **{
                 **model,
                 "scaling": Scaling(**model["scaling"]),
-                "seats": tuple(Seat(decode_plan(seat["job"]), tuple(seat["takes"])) for seat in model["seats"]),
+                "seats": tuple(
+                    Seat(**{**seat, "job": decode_plan(seat["job"]), "takes": tuple(seat["takes"])})
+                    for seat in model["seats"]
+                ),
             }
         )
         for model in row["models"]

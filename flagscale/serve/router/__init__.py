@@ -5,8 +5,8 @@ know, sends it as it came to one replica, and passes on what comes back. It keep
 makes a second try possible) and never whole answers.
 
     settings ─┐
-    replica ──┼─> pool (breaker, policies, hold, probe) ──> forward ──> app ──> server
-              └─> metrics, status                            request, answers
+    replica ──┼─> pool (breaker, policies, hold, probe) ──> forward, paired ──> app ──> server
+    registry ─┘   metrics, status                           request, handover, answers
 
 It imports no torch and nothing of the launcher: `flagscale.errors` and itself.
 """

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from flagscale.errors import ConfigError, Fault, FlagScaleError, UserError
 from flagscale.serve.router.pool import Pool, Replica
 from flagscale.serve.router.server import run_router
-from flagscale.serve.router.settings import RouterSettings
+from flagscale.serve.router.settings import Handover, Role, RouterSettings
 
 
 class ReplicaEntry(BaseModel):
@@ -29,6 +29,9 @@ class ReplicaEntry(BaseModel):
     api_key: SecretStr | None = None
     weight: float = 1.0
     version: str = ""
+    role: Role = "whole"
+    handover: Handover | None = None
+    kv_address: str = ""
 
 
 class RouterFile(BaseModel):
@@ -53,7 +56,7 @@ def load_router(text: str, name: str) -> tuple[Pool, RouterSettings]:
         ) from None
     pool = Pool(file.settings)
     for it in file.replicas:
-        pool.add(Replica(it.id, it.url, it.model, it.api_key, it.weight, it.version))
+        pool.add(Replica(**{name: getattr(it, name) for name in ReplicaEntry.model_fields}))
     return pool, file.settings
 
 

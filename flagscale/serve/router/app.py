@@ -3,6 +3,7 @@
     POST /v1/completions, /v1/chat/completions, /v1/embeddings    passed to a replica
     GET  /v1/models, /v1/models/{model}                           what the pool has
     GET  /status, /metrics, /openapi.json                         with the key, where keys are set; the others above too
+    PUT, DELETE /replicas/{id}                                    replicas from outside, see `registry`
     GET  /health, /                                               without a key: ready or not; the status page
 
 The passed requests go from the server to `Forwarder` as plain ASGI messages: a request or response class around each
@@ -25,12 +26,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from flagscale.serve.router.answers import Refusal, Send, send_refusal
-from flagscale.serve.router.forward import Forwarder
 from flagscale.serve.router.history import EVERY_S, History
 from flagscale.serve.router.metrics import Metrics, Record
 from flagscale.serve.router.openapi import PASSED_PATHS, describe_api
 from flagscale.serve.router.page import load_page
+from flagscale.serve.router.paired import PairForwarder
 from flagscale.serve.router.pool import Pool
+from flagscale.serve.router.registry import Registry
 from flagscale.serve.router.request import CallerLeftError, Receive, Scope, check_key, read_request
 from flagscale.serve.router.settings import RouterSettings
 
@@ -51,7 +53,7 @@ class Passthrough:
     def __init__(self, pool: Pool, settings: RouterSettings, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._forwarder = Forwarder(pool, settings, metrics)
+        self._forwarder = PairForwarder(pool, settings, metrics)
 
     async def close(self) -> None:
         await self._forwarder.close()
@@ -151,6 +153,7 @@ class _Desk:
         body = {
             "uptime_s": time.time() - self._started,
             "policy": self._settings.policy,
+            "pair_policy": self._settings.pair_policy,
             "sample_every_s": EVERY_S,
             "held": {model: self._pool.held(model) for model in self._pool.models()},
             "replicas": replicas,
@@ -173,7 +176,7 @@ class _Desk:
 
 def build_app(pool: Pool, settings: RouterSettings) -> Starlette:
     """The router in front of `pool`, which was made with the same settings. Its lifespan is the probing's."""
-    metrics, history = Metrics(pool), History(pool)
+    metrics, history, registry = Metrics(pool), History(pool), Registry(pool, settings)
     passthrough, desk = Passthrough(pool, settings, metrics), _Desk(pool, settings, metrics, history)
 
     def guarded(answerer: _Answerer) -> _Answerer:
@@ -200,6 +203,7 @@ def build_app(pool: Pool, settings: RouterSettings) -> Starlette:
     routes += [
         Route("/v1/models", guarded(desk.list_models)),
         Route("/v1/models/{model:path}", guarded(desk.show_model)),
+        Route("/replicas/{id}", registry.answer, methods=["PUT", "DELETE"]),
         Route("/status", guarded(desk.show_status)),
         Route("/metrics", guarded(desk.show_metrics)),
         Route("/openapi.json", guarded(desk.show_api)),

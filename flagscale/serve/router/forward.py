@@ -21,7 +21,7 @@ from yarl import URL
 from flagscale.serve.router.answers import HeaderList, Refusal, Send, send_refusal
 from flagscale.serve.router.hold import HoldRefusedError
 from flagscale.serve.router.metrics import Metrics, Record
-from flagscale.serve.router.pool import Lease, Pool, UnknownModelError
+from flagscale.serve.router.pool import Lease, Pool, Replica, Tried, UnknownModelError
 from flagscale.serve.router.probe import describe
 from flagscale.serve.router.request import Request, returned_headers
 from flagscale.serve.router.settings import RouterSettings
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 BROKEN_OFF = 599
 """the code under which an answer is counted that ended before its end"""
 
-_FAILED = (500, 502, 503, 504)
+FAILED = (500, 502, 503, 504)
 _RETRY_AFTER = {"Retry-After": "5"}
 _ERROR_BYTES = 64 * 1024
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
@@ -44,33 +44,64 @@ class ReplicaFault(Exception):  # noqa: N818 (it never leaves this module)
     """A replica failed before the first byte. `answer` is what it said about it, if it said anything."""
 
     def __init__(
-        self, reason: str, may_retry: bool = True, status: int = 502, answer: "_Failure | None" = None
+        self,
+        reason: str,
+        lease: Lease,
+        may_retry: bool = True,
+        status: int = 502,
+        answer: "Answer | None" = None,
     ) -> None:
         super().__init__(reason)
+        self.lease = lease
         self.may_retry = may_retry
         self.status = status
         self.answer = answer
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class Answer:
+    """A whole answer; its headers as they go on to a caller, without the length."""
+
     status: int
     headers: HeaderList
     body: bytes
 
 
 @dataclass(slots=True)
-class _Exchange:
-    """One request at one replica; `is_sending` tells whose silence it is when the time is over."""
+class Exchange:
+    """One request at one replica; `is_sending` tells whose silence it is when the time is over.
+
+    partner: the lease on another replica that this one needs until its first byte
+    """
 
     request: Request
     lease: Lease
     send: Send
     record: Record
+    partner: Lease | None = None
     has_begun: bool = False
     is_sending: bool = False
     is_stream: bool = False
+    is_abandoned: bool = False
     limit: asyncio.Timeout = field(init=False)
+
+    @property
+    def is_cut(self) -> bool:
+        is_partner_cut = self.partner is not None and self.partner.is_cut
+        return self.lease.is_cut or ((is_partner_cut or self.is_abandoned) and not self.has_begun)
+
+    def abandon(self) -> None:
+        """What this needed until its first byte will not come."""
+        if not self.has_begun:
+            self.is_abandoned = True
+            self.end_now()
+
+    def begin(self, first_byte_s: float) -> None:
+        """The first byte has come."""
+        self.lease.answered(first_byte_s)
+        self.has_begun = True
+        if self.partner is not None:
+            self.partner.release()
 
     def end_now(self) -> None:
         if not self.limit.expired():
@@ -93,19 +124,19 @@ class Forwarder:
 
     async def forward(self, request: Request, send: Send, record: Record) -> None:
         """Answer a request by a replica, or by an error. Raises Refusal while nothing has been sent."""
-        tried: frozenset[tuple[str, int]] = frozenset()
+        tried: Tried = frozenset()
         retries_left = self._settings.retries
         fault: ReplicaFault | None = None
         while True:
-            lease = await self._lease(request, tried, fault)
-            if lease is None:
+            route = await self._find_route(request, tried, fault)
+            if not route:
                 break
-            record.model, record.replica = request.model, lease.replica.id
+            record.model, record.replica = request.model, route[-1].replica.id
             try:
-                await self._exchange(_Exchange(request, lease, send, record))
+                await self._try(request, route, send, record)
                 return
             except ReplicaFault as found:
-                fault = found
+                fault, lease = found, found.lease
                 tried |= {(lease.replica.id, lease.epoch)}
                 log.warning("replica %s failed a request: %s", lease.replica.id, found)
                 if not found.may_retry or not (retries_left or lease.is_cut):
@@ -113,19 +144,23 @@ class Forwarder:
                 retries_left -= not lease.is_cut
                 self._metrics.count_retry(request.model, lease.replica.id)
             finally:
-                lease.release()
+                for held in route:
+                    held.release()
         assert fault is not None
         await _send_fault(fault, request, record, send)
 
-    async def _lease(
-        self, request: Request, tried: frozenset[tuple[str, int]], fault: ReplicaFault | None
-    ) -> Lease | None:
-        """A replica for the next try; None where the last one's own answer is better than to wait for another."""
+    async def _try(self, request: Request, route: tuple[Lease, ...], send: Send, record: Record) -> None:
+        """Raises ReplicaFault before the first byte."""
+        (lease,) = route
+        await self._exchange(Exchange(request, lease, send, record))
+
+    async def _find_route(self, request: Request, tried: Tried, fault: ReplicaFault | None) -> tuple[Lease, ...]:
+        """Replicas for the next try; none where the last one's own answer is better than to wait for another."""
         try:
             if fault is not None and (fault.answer or fault.status == 504):
-                return self._pool.find_lease(request.model, request.key, tried)
+                return self._pool.find_route(request, tried)
             until = asyncio.get_running_loop().time() + self._settings.hold_timeout_s
-            return await self._pool.acquire(request.model, request.key, tried, until)
+            return await self._pool.acquire(request, tried, until)
         except UnknownModelError as error:
             raise Refusal(404, str(error), "model_not_found", "model") from None
         except HoldRefusedError as error:
@@ -136,24 +171,26 @@ class Forwarder:
             waited = f"{_no_replica(request, fault)} within {self._settings.hold_timeout_s:g} s"
             raise Refusal(503, waited, "no_replica_ready", None, _RETRY_AFTER) from None
 
-    async def _exchange(self, it: _Exchange) -> None:
+    async def _exchange(self, it: Exchange) -> None:
         """Raises ReplicaFault before the first byte; what fails after it ends the answer here."""
         try:
             async with asyncio.timeout(self._settings.first_byte_timeout_s) as it.limit, AsyncExitStack() as stack:
-                it.lease.on_cut = it.end_now
-                stack.callback(setattr, it.lease, "on_cut", None)
-                response = await stack.enter_async_context(self._post(it))
+                for lease in filter(None, (it.lease, it.partner)):
+                    lease.on_cut = it.end_now
+                    stack.callback(setattr, lease, "on_cut", None)
+                response = await stack.enter_async_context(self._post(it.request, it.lease.replica))
                 stack.callback(response.close)
                 await self._answer(it, response)
         except (aiohttp.ClientError, OSError) as error:
             # OSError includes TimeoutError, of a connection or of the limit.
             reason, status = self._tell(it, error)
-            is_to_blame = not (it.lease.is_cut or it.is_sending)
+            is_to_blame = not (it.is_cut or it.is_sending)
             if is_to_blame:
                 it.lease.failed(reason)
             if not it.has_begun:
-                raise ReplicaFault(reason, status != 504 or self._settings.retry_timeouts, status) from None
-            it.record.code = BROKEN_OFF if is_to_blame or it.lease.is_cut else 499
+                lost = it.partner if it.partner is not None and it.partner.is_cut else it.lease
+                raise ReplicaFault(reason, lost, status != 504 or self._settings.retry_timeouts, status) from None
+            it.record.code = BROKEN_OFF if is_to_blame or it.is_cut else 499
             log.warning("an answer of replica %s was broken off: %s", it.lease.replica.id, reason)
             if it.is_stream and not it.is_sending:
                 event = Refusal(status, f"the answer broke off: {reason}", "replica_lost").event()
@@ -161,7 +198,7 @@ class Forwarder:
                     async with asyncio.timeout(self._settings.idle_timeout_s):
                         await it.send({"type": "http.response.body", "body": event, "more_body": True})
 
-    def _post(self, it: _Exchange) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    def _post(self, request: Request, replica: Replica) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 # The replica's end closes idle connections after 5 s (uvicorn); ours must do so earlier.
@@ -171,29 +208,28 @@ class Forwarder:
                 auto_decompress=False,
                 skip_auto_headers=("User-Agent", "Accept"),
             )
-        replica, headers = it.lease.replica, list(it.request.headers)
+        headers = list(request.headers)
         if replica.api_key is not None:
             headers = [pair for pair in headers if pair[0] != "authorization"]
             headers.append(("authorization", f"Bearer {replica.api_key.get_secret_value()}"))
-        url = URL(replica.url_of(it.request.target), encoded=True)
-        body = it.request.body
+        url = URL(replica.url_of(request.target), encoded=True)
+        body = request.body
         # A large body goes in pieces, so that other requests have their turn between them.
         data = body if len(body) <= _LARGE_BODY else io.BytesIO(body)
         return self._session.post(url, data=data, headers=headers, allow_redirects=False)
 
-    async def _answer(self, it: _Exchange, response: aiohttp.ClientResponse) -> None:
+    async def _answer(self, it: Exchange, response: aiohttp.ClientResponse) -> None:
         status, headers = response.status, returned_headers(response.raw_headers)
-        if status in _FAILED:
+        if status in FAILED:
             body = await response.content.read(_ERROR_BYTES)
             headers = [pair for pair in headers if pair[0] != b"content-length"]
             reason = f"status {status}"
             it.lease.failed(reason)
-            raise ReplicaFault(reason, status=status, answer=_Failure(status, headers, body))
+            raise ReplicaFault(reason, it.lease, status=status, answer=Answer(status, headers, body))
         chunk = await response.content.readany()
         it.record.code = status
         it.record.first_byte_s = asyncio.get_running_loop().time() - it.record.started
-        it.lease.answered(it.record.first_byte_s)
-        it.has_begun = True
+        it.begin(it.record.first_byte_s)
         it.is_stream = response.content_type == "text/event-stream"
         if it.is_stream:
             headers = [pair for pair in headers if pair[0] != b"content-length"]
@@ -203,7 +239,7 @@ class Forwarder:
         it.is_sending = False
         await self._pass_on(it, response.content, chunk)
 
-    async def _pass_on(self, it: _Exchange, content: aiohttp.StreamReader, chunk: bytes) -> None:
+    async def _pass_on(self, it: Exchange, content: aiohttp.StreamReader, chunk: bytes) -> None:
         """Every byte from the first `chunk` to the last; of a stream of events only whole ones."""
         time, idle_s = asyncio.get_running_loop().time, self._settings.idle_timeout_s
         rest, more, renew_at = b"", True, 0.0
@@ -227,18 +263,22 @@ class Forwarder:
             if more:
                 chunk = await content.readany()
 
-    def _tell(self, it: _Exchange, error: Exception) -> tuple[str, int]:
+    def _tell(self, it: Exchange, error: Exception) -> tuple[str, int]:
         """What happened, and the status for it."""
-        if it.lease.is_cut:
+        if isinstance(error, TimeoutError) and it.has_begun and not it.is_cut:
+            if it.is_sending:
+                return f"the caller took nothing for {self._settings.idle_timeout_s:g} s", 408
+            return f"silence for {self._settings.idle_timeout_s:g} s", 504
+        return self._tell_early(error, it.is_cut)
+
+    def _tell_early(self, error: Exception, is_cut: bool) -> tuple[str, int]:
+        """As `_tell`, before the first byte."""
+        if is_cut:
             return "its replica was taken out of service", 503
         if not isinstance(error, TimeoutError):
             return describe(error), 502
         if isinstance(error, aiohttp.ConnectionTimeoutError):
             return f"no connection within {self._settings.connect_timeout_s:g} s", 502
-        if it.is_sending:
-            return f"the caller took nothing for {self._settings.idle_timeout_s:g} s", 408
-        if it.has_begun:
-            return f"silence for {self._settings.idle_timeout_s:g} s", 504
         return f"no first byte within {self._settings.first_byte_timeout_s:g} s", 504
 
 
@@ -256,9 +296,14 @@ async def _send_fault(fault: ReplicaFault, request: Request, record: Record, sen
         record.code = refusal.status
         await send_refusal(refusal, send)
         return
-    record.code = fault.answer.status
-    await send({"type": "http.response.start", "status": fault.answer.status, "headers": fault.answer.headers})
-    await send({"type": "http.response.body", "body": fault.answer.body})
+    await send_answer(fault.answer, send, record)
+
+
+async def send_answer(answer: Answer, send: Send, record: Record) -> None:
+    """What a replica said, whole, and without a further try."""
+    record.code = answer.status
+    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+    await send({"type": "http.response.body", "body": answer.body})
 
 
 def _no_replica(request: Request, fault: ReplicaFault | None) -> str:

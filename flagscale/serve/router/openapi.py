@@ -3,7 +3,9 @@
 What an engine does with a request's other fields is the engine's to describe, so they are allowed and not listed.
 """
 
-from typing import Any
+from typing import Any, get_args
+
+from flagscale.serve.router.settings import Handover, Role
 
 PASSED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 """what goes to a replica"""
@@ -40,6 +42,7 @@ _SCHEMAS: dict[str, _Tree] = {
         {
             "uptime_s": _NUMBER,
             "policy": _TEXT,
+            "pair_policy": _TEXT,
             "sample_every_s": _NUMBER,
             "held": {"type": "object", "additionalProperties": _COUNT},
             "replicas": _array({"$ref": "#/components/schemas/Replica"}),
@@ -47,7 +50,9 @@ _SCHEMAS: dict[str, _Tree] = {
     ),
     "Replica": _object(
         {
-            **dict.fromkeys(("id", "url", "model", "version", "reason"), _TEXT),
+            **dict.fromkeys(("id", "url", "model", "version", "reason", "kv_address"), _TEXT),
+            "role": {"enum": list(get_args(Role))},
+            "is_registered": _BOOL,
             "weight": _NUMBER,
             "phase": {"enum": ["starting", "ready", "failing", "draining"]},
             "breaker": {"enum": ["closed", "open", "half_open"]},
@@ -101,6 +106,61 @@ def _passed(path: str) -> _Tree:
     return {"post": {"summary": f"OpenAI's {path}", "requestBody": body, "responses": answers}}
 
 
+_HALVES: tuple[tuple[tuple[Role, ...], tuple[Handover | None, ...], bool], ...] = (
+    (("whole",), (None,), False),
+    (("prefill", "decode"), ("nixl", "store"), False),
+    (("decode",), ("bootstrap",), False),
+    (("prefill",), ("bootstrap",), True),
+    (("prefill", "decode"), ("p2p",), True),
+)
+"""which words of a replica go together: roles, ways of handing over, whether its caches must have an address"""
+
+
+def _replica(roles: tuple[Role, ...], handovers: tuple[Handover | None, ...], needs_address: bool) -> _Tree:
+    fields = {
+        "url": {"type": "string", "pattern": r"^https?://[A-Za-z0-9][A-Za-z0-9.-]{0,60}(:[0-9]{1,5})?$"},
+        "model": {"type": "string", "minLength": 1},
+        "role": {"enum": list(roles)},
+        "handover": {"enum": list(handovers)},
+        "kv_address": {"type": "string", "pattern": f"^([A-Za-z0-9.-]+:[0-9]{{1,5}}){'?' * (not needs_address)}$"},
+        **{name: _nullable("string") for name in ("api_key", "version")},
+        "weight": {"type": "number", "exclusiveMinimum": 0, "maximum": 1_000_000},
+    }
+    needed = ["url", "model"] + ["role", "handover"] * (handovers != (None,)) + ["kv_address"] * needs_address
+    return {"type": "object", "properties": fields, "required": needed, "additionalProperties": False}
+
+
+def _registration() -> _Tree:
+    """Replicas from outside. Their callers show a token of their own, which nobody else's key is."""
+    body = {"oneOf": [_replica(*half) for half in _HALVES]}
+    refusals = {"401": _error("No token, or not the right one"), "403": _error("This router takes no replicas")}
+    named = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[\\w.-]{1,100}$"}}
+    put = {
+        "summary": "Add a replica; to repeat it changes nothing",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {
+            "200": _answer("It is there already", _object({"id": _TEXT, "version": _TEXT})),
+            "201": _answer("It is probed from now on", _object({"id": _TEXT, "version": _TEXT})),
+            "400": _error("It cannot be right"),
+            "408": _error("The body did not come in time"),
+            "409": _error("The id is another's, or its role does not go with the model's other replicas"),
+            "413": _error("The body is too large"),
+            **refusals,
+        },
+    }
+    delete = {
+        "summary": "Let its requests finish, then forget it",
+        "responses": {
+            "200": _answer("It is gone; how many requests had to be cut", _object({"id": _TEXT, "cut": _COUNT})),
+            "404": _error("There is none"),
+            "409": _error("It was not registered, so it is not removed here"),
+            **refusals,
+        },
+    }
+    security: list[_Tree] = [{"admin": []}]
+    return {"put": {**put, "security": security}, "delete": {**delete, "security": security}, "parameters": [named]}
+
+
 def describe_api(wants_key: bool) -> _Tree:
     """The document at /openapi.json."""
     models = _object({"object": {"const": "list"}, "data": _array(_ref("Model"))})
@@ -120,9 +180,10 @@ def describe_api(wants_key: bool) -> _Tree:
             is_open=True,
         ),
     }
-    components: _Tree = {"schemas": _SCHEMAS}
+    paths["/replicas/{id}"] = _registration()
+    components: _Tree = {"schemas": _SCHEMAS, "securitySchemes": {"admin": {"type": "http", "scheme": "bearer"}}}
     document: _Tree = {"openapi": "3.1.0", "info": {"title": "FlagScale router", "version": "1"}, "paths": paths}
     if wants_key:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        components["securitySchemes"]["key"] = {"type": "http", "scheme": "bearer"}
         document["security"] = [{"key": []}]
     return {**document, "components": components}

@@ -8,21 +8,23 @@ highest score that still has room (Mirrokni, Thorup and Zadimoghaddam, "Consiste
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
-from flagscale.serve.router.settings import RouterSettings
+from flagscale.serve.router.settings import PairPolicyName, RouterSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A ready replica as a policy sees it: `weight` is its capacity relative to others'."""
+    """A ready replica as a policy sees it: `weight` is its capacity relative to others', `tokens` is of what is in
+    flight, where that is counted."""
 
     id: str
     in_flight: int
     weight: float = 1.0
+    tokens: int = 0
 
 
 class Policy(Protocol):
@@ -51,6 +53,21 @@ class LeastLoad:
     def choose(self, ready: Sequence[Load], key: str | None) -> str:  # noqa: ARG002
         least = min(map(_pressure, ready))
         return random.choice([load.id for load in ready if _pressure(load) == least])
+
+
+class FewestTokens:
+    """The replica with the fewest tokens in flight for its weight; among equals, the fewest requests."""
+
+    def choose(self, ready: Sequence[Load], key: str | None) -> str:
+        least = min(load.tokens / load.weight for load in ready)
+        return LeastLoad().choose([load for load in ready if load.tokens / load.weight == least], key)
+
+
+class Random:
+    """Any replica, in proportion to its weight."""
+
+    def choose(self, ready: Sequence[Load], key: str | None) -> str:  # noqa: ARG002
+        return random.choices([load.id for load in ready], [load.weight for load in ready])[0]
 
 
 class PowerOfTwo:
@@ -100,6 +117,21 @@ def make_policy(settings: RouterSettings) -> Policy:
             return ByKey(settings.load_bound)
         case "session":
             return ByKey(None)
+
+
+PAIR_POLICIES: Mapping[PairPolicyName, type[Policy]] = {"slo": FewestTokens, "robin": LeastLoad, "random": Random}
+
+
+def choose_pair(
+    policy: Policy, prefills: Mapping[Hashable, Sequence[Load]], decodes: Mapping[Hashable, Sequence[Load]]
+) -> tuple[str, str] | None:
+    """A prefill and a decode replica that understand each other: of the same group. None where no group has both."""
+    ready = [load for group, loads in prefills.items() if group in decodes for load in loads]
+    if not ready:
+        return None
+    prefill = policy.choose(ready, None)
+    group = next(group for group, loads in prefills.items() if any(load.id == prefill for load in loads))
+    return prefill, policy.choose(decodes[group], None)
 
 
 def _pressure(load: Load) -> float:

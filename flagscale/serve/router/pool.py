@@ -11,17 +11,19 @@ Everything runs on one event loop and nothing here waits while it changes someth
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from flagscale.errors import FlagScaleError, UserError, find_nearest
 from flagscale.serve.router.breaker import Breaker
+from flagscale.serve.router.handover import probe_replica
 from flagscale.serve.router.hold import HoldQueue
-from flagscale.serve.router.policies import Load, Policy, make_policy
-from flagscale.serve.router.probe import ProbeResult, probe_completion
+from flagscale.serve.router.policies import PAIR_POLICIES, Load, Policy, choose_pair, make_policy
+from flagscale.serve.router.probe import ProbeResult
 from flagscale.serve.router.replica import Phase, Replica, ReplicaState
-from flagscale.serve.router.settings import RouterSettings
+from flagscale.serve.router.request import Request
+from flagscale.serve.router.settings import Role, RouterSettings
 
 __all__ = ["Lease", "Pool", "Replica", "ReplicaState", "UnknownModelError"]
 
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 _SMOOTHING = 0.2
 _CUT_GRACE_S = 2.0
 
+Tried = frozenset[tuple[str, int]]
 Prober = Callable[[Replica, RouterSettings], Coroutine[Any, Any, ProbeResult]]
 
 
@@ -42,6 +45,8 @@ class _Member:
     replica: Replica
     breaker: Breaker
     leases: "set[Lease]" = field(default_factory=set)
+    tokens: int = 0
+    """of its leases"""
     is_draining: bool = False
     was_ready: bool = False
     epoch: int = 0
@@ -50,6 +55,8 @@ class _Member:
     requests: int = 0
     failures: int = 0
     first_byte_s: float | None = None
+    failing_since: float | None = None
+    """when the first of the probes was that have failed in a row, on the loop's clock"""
     alive_at: float = 0.0
     """when it last sent a byte that was no error, on the loop's clock"""
     is_suspect: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,7 +87,20 @@ class _Member:
             requests=self.requests,
             failures=self.failures,
             first_byte_s=self.first_byte_s,
+            role=it.role,
+            kv_address=it.kv_address,
+            is_registered=it.is_registered,
         )
+
+    def load(self) -> Load:
+        return Load(self.replica.id, len(self.leases), self.replica.weight, self.tokens)
+
+    def lend(self, tokens: int = 0) -> "Lease":
+        lease = Lease(self.replica, self.epoch, self, tokens)
+        self.leases.add(lease)
+        self.tokens += tokens
+        self.requests += 1
+        return lease
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +110,7 @@ class Lease:
     replica: Replica
     epoch: int
     _member: _Member
+    tokens: int = 0
     on_cut: Callable[[], None] | None = None
     """called when the request has to end now, because its replica leaves"""
     is_cut: bool = False
@@ -115,30 +136,32 @@ class Lease:
         member.breaker.fail(asyncio.get_running_loop().time())
         member.is_suspect.set()
 
+    def computed(self) -> None:
+        """Its tokens are no load any more; what was computed of them may still be fetched."""
+        self._member.tokens -= self.tokens
+        self.tokens = 0
+
     def cut(self) -> None:
         self.is_cut = True
         if self.on_cut is not None:
             self.on_cut()
 
     def release(self) -> None:
-        self._member.leases.discard(self)
+        if self in self._member.leases:
+            self._member.leases.remove(self)
+            self._member.tokens -= self.tokens
         self._member.changed.set()
-
-
-async def _probe(replica: Replica, settings: RouterSettings) -> ProbeResult:
-    return await probe_completion(
-        replica.url, replica.model, replica.api_key, settings.probe_timeout_s, settings.connect_timeout_s
-    )
 
 
 class Pool:
     """All replicas of a router. Replicas may be added before its loop runs; probing begins with `start`."""
 
-    def __init__(self, settings: RouterSettings | None = None, prober: Prober = _probe) -> None:
+    def __init__(self, settings: RouterSettings | None = None, prober: Prober = probe_replica) -> None:
         self.settings = settings or RouterSettings()
         self._prober = prober
         self._members: dict[str, _Member] = {}
         self._policies: dict[str, Policy] = {}
+        self._pair_policy = PAIR_POLICIES[self.settings.pair_policy]()
         self._expected: tuple[str, ...] = ()
         self._hold = HoldQueue(self.settings.hold_requests)
         self._is_started = False
@@ -147,6 +170,10 @@ class Pool:
         """Let a replica in; it gets requests once a probe has passed. Raises UserError where its id is taken."""
         if replica.id in self._members:
             raise UserError(f"replica {replica.id} is there already; remove it first, or give the new one another id")
+        roles = {member.replica.role for member in self._members.values() if member.replica.model == replica.model}
+        if roles and ("whole" in roles) != (replica.role == "whole"):
+            expected = "whole" if "whole" in roles else "prefill or decode"
+            raise UserError(f"replica {replica.id}: a {replica.role} one of {replica.model}; the others are {expected}")
         breaker = Breaker(
             self.settings.breaker_failures, self.settings.breaker_open_s, self.settings.breaker_open_max_s
         )
@@ -191,6 +218,13 @@ class Pool:
         """All replicas in the order in which they were added."""
         return tuple(member.state() for member in self._members.values())
 
+    def find_replicas(self, model: str) -> list[Replica]:
+        return [member.replica for member in self._members.values() if member.replica.model == model]
+
+    def find_replica(self, replica_id: str) -> Replica | None:
+        member = self._members.get(replica_id)
+        return member.replica if member else None
+
     def models(self) -> tuple[str, ...]:
         """Every model that is expected or has a replica, ready or not, once."""
         had = (member.replica.model for member in self._members.values())
@@ -231,38 +265,54 @@ class Pool:
                 lease.cut()
         return count
 
-    def find_lease(self, model: str, key: str | None, tried: frozenset[tuple[str, int]] = frozenset()) -> Lease | None:
+    def find_lease(self, model: str, key: str | None, tried: Tried = frozenset()) -> Lease | None:
         """A lease on a ready replica of `model`, by the policy; None where there is none but in `tried`.
 
         `tried` has (id, epoch) of what has failed this request: such a replica counts again once a probe has passed
         since. Raises UnknownModelError.
         """
-        ready: list[Load] = []
-        is_known = model in self._expected
-        for member in self._members.values():
-            if member.replica.model == model:
-                is_known = True
-                if member.phase == "ready" and (member.replica.id, member.epoch) not in tried:
-                    ready.append(Load(member.replica.id, len(member.leases), member.replica.weight))
-        if not is_known:
-            raise UnknownModelError(self._tell_models(model))
+        ready = [member.load() for member in self._find_ready(model, tried)]
         if not ready:
             return None
         policy = self._policies.get(model) or self._policies.setdefault(model, make_policy(self.settings))
-        member = self._members[policy.choose(ready, key)]
-        lease = Lease(member.replica, member.epoch, member)
-        member.leases.add(lease)
-        member.requests += 1
-        return lease
+        return self._members[policy.choose(ready, key)].lend()
 
-    async def acquire(self, model: str, key: str | None, tried: frozenset[tuple[str, int]], until: float) -> Lease:
-        """As `find_lease`, but wait for a ready replica until the loop's clock says `until`.
+    def find_route(self, wanted: Request, tried: Tried = frozenset()) -> tuple[Lease, ...]:
+        """The leases that a request needs: one, or where its model is served by pairs that of a prefill and that of a
+        decode replica. None where they cannot all be had. Raises as `find_lease`."""
+        if not self.is_paired(wanted.model):
+            lease = self.find_lease(wanted.model, wanted.key, tried)
+            return () if lease is None else (lease,)
+        sides: dict[Role, dict[Hashable, list[Load]]] = {"prefill": {}, "decode": {}}
+        for member in self._find_ready(wanted.model, tried):
+            group = (member.replica.version, member.replica.handover)
+            sides[member.replica.role].setdefault(group, []).append(member.load())
+        pair = choose_pair(self._pair_policy, sides["prefill"], sides["decode"])
+        if pair is None:
+            return ()
+        size = wanted.size
+        prefill, decode = (self._members[name] for name in pair)
+        return prefill.lend(size.prompt), decode.lend(size.prompt + size.output)
+
+    def is_paired(self, model: str) -> bool:
+        """Whether the replicas of a model work in pairs."""
+        roles = (member.replica.role for member in self._members.values() if member.replica.model == model)
+        return next((role != "whole" for role in roles), False)
+
+    def _find_ready(self, model: str, tried: Tried) -> list[_Member]:
+        mine = [member for member in self._members.values() if member.replica.model == model]
+        if not mine and model not in self._expected:
+            raise UnknownModelError(self._tell_models(model))
+        return [it for it in mine if it.phase == "ready" and (it.replica.id, it.epoch) not in tried]
+
+    async def acquire(self, wanted: Request, tried: Tried, until: float) -> tuple[Lease, ...]:
+        """As `find_route`, but wait for ready replicas until the loop's clock says `until`.
 
         Raises UnknownModelError, HoldRefusedError, and TimeoutError when the time is over.
         """
-        while (lease := self.find_lease(model, key, tried)) is None:
-            await self._hold.wait(model, until)
-        return lease
+        while not (route := self.find_route(wanted, tried)):
+            await self._hold.wait(wanted.model, until)
+        return route
 
     async def _watch(self, member: _Member) -> None:
         """Probe one replica whenever that is due, for as long as it is in the pool."""
@@ -296,14 +346,20 @@ class Pool:
         before = member.phase
         if result.has_timed_out and is_busy and before == "ready":
             return
-        member.breaker.end_probe(result.is_ok, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        member.breaker.end_probe(result.is_ok, now)
         member.reason = result.reason
+        member.failing_since = None if result.is_ok else (member.failing_since or now)
         if result.is_ok:
             member.was_ready = True
             member.epoch += 1
             self._hold.wake(member.replica.model)
         if member.phase != before:
             log.info("replica %s is %s%s", member.replica.id, member.phase, f": {member.reason}" * bool(member.reason))
+        limit_s = self.settings.registered_timeout_s
+        if member.replica.is_registered and member.failing_since is not None and now - member.failing_since >= limit_s:
+            log.warning("replica %s is removed: it failed every probe for %g s", member.replica.id, limit_s)
+            self.remove(member.replica.id)
 
     def _get(self, replica_id: str) -> _Member:
         if member := self._members.get(replica_id):

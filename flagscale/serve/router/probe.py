@@ -5,8 +5,10 @@ behind them is dead or wants another key.
 """
 
 import asyncio
+import json
 import os
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import aiohttp
@@ -19,6 +21,8 @@ _BODIES: tuple[tuple[str, dict[str, object]], ...] = (
 )
 """what is asked, in turn, until the model answers one: an embedding model has no completions"""
 
+LONGER_PROMPT = "1 2 3 4"
+"""for engines that look their caches up by whole prompts, of which vLLM's ExampleConnector bears none of one token"""
 _OTHER_KIND = (400, 404, 405, 422, 501)
 _REASON_CHARS = 200
 
@@ -34,19 +38,44 @@ class ProbeResult:
 
 
 async def probe_completion(
-    url: str, model: str, api_key: SecretStr | None = None, timeout_s: float = 30, connect_timeout_s: float = 5
+    url: str,
+    model: str,
+    api_key: SecretStr | None = None,
+    timeout_s: float = 30,
+    connect_timeout_s: float = 5,
+    extra: Mapping[str, object] | None = None,
 ) -> ProbeResult:
     """Ask the server at `url` (its root, without `/v1`) for one token of `model`. Never raises for what a server does.
 
-    It makes a connection of its own, so that one that was open before proves nothing.
+    extra: further fields of the request
     """
+    fields = {"model": model, **(extra or {})}
+    return await _probe(lambda session: _ask(session, url.rstrip("/"), fields), api_key, timeout_s, connect_timeout_s)
+
+
+async def probe_alive(
+    url: str, model: str, api_key: SecretStr | None = None, timeout_s: float = 30, connect_timeout_s: float = 5
+) -> ProbeResult:
+    """As `probe_completion`, of a server that can answer nothing without a partner: whether its engine lives, and
+    whether it has the model and takes the key. vLLM's `/health` is 503 once its engine is dead."""
+    root = url.rstrip("/")
+    return await _probe(lambda session: _look(session, root, model), api_key, timeout_s, connect_timeout_s)
+
+
+async def _probe(
+    ask: Callable[[aiohttp.ClientSession], Awaitable[str]],
+    api_key: SecretStr | None,
+    timeout_s: float,
+    connect_timeout_s: float,
+) -> ProbeResult:
+    """It makes a connection of its own, so that one that was open before proves nothing."""
     started = time.monotonic()
     headers = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s)
     reason, has_timed_out = "", False
     try:
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-            reason = await _ask(session, url.rstrip("/"), model)
+            reason = await ask(session)
     except aiohttp.ConnectionTimeoutError:
         reason = f"no connection within {connect_timeout_s:g} s"
     except TimeoutError:
@@ -56,11 +85,11 @@ async def probe_completion(
     return ProbeResult(not reason, time.monotonic() - started, reason, has_timed_out)
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, model: str) -> str:
+async def _ask(session: aiohttp.ClientSession, url: str, fields: Mapping[str, object]) -> str:
     """Empty if the model answered, else the first refusal: later ones only say that it is no model of that kind."""
     refusal = ""
     for path, body in _BODIES:
-        async with session.post(url + path, json={"model": model, **body}, allow_redirects=False) as answer:
+        async with session.post(url + path, json={**body, **fields}, allow_redirects=False) as answer:
             text = (await answer.content.read(64 * 1024)).decode("utf-8", "replace")
             if answer.status == 200:
                 return ""
@@ -68,6 +97,24 @@ async def _ask(session: aiohttp.ClientSession, url: str, model: str) -> str:
             if answer.status not in _OTHER_KIND:
                 return refusal
     return refusal
+
+
+async def _look(session: aiohttp.ClientSession, url: str, model: str) -> str:
+    for path in ("/v1/models", "/health"):
+        async with session.get(url + path, allow_redirects=False) as answer:
+            data = await answer.content.read(1024 * 1024)
+            if answer.status != 200:
+                text = data[:_REASON_CHARS].decode("utf-8", "replace")
+                return f"{answer.status} of {path}: {' '.join(text.split())}"
+            if path == "/v1/models" and model not in (names := _names_of(data)):
+                return f"404 of {path}: it has {', '.join(names) or 'no model'}, not `{model}`"
+    return ""
+
+
+def _names_of(data: bytes) -> list[str]:
+    tree = json.loads(data)
+    rows = tree.get("data", []) if isinstance(tree, dict) else []
+    return [str(row.get("id")) for row in rows if isinstance(row, dict)]
 
 
 def describe(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pydantic import SecretStr
@@ -28,11 +29,24 @@ _NOT_PASSED = _HOP_BY_HOP | {b"host", b"content-length", b"content-type", b"acce
 _NOT_RETURNED = _HOP_BY_HOP | {b"date"}
 
 
+BYTES_OF_TOKEN = 4
+USUAL_OUTPUT = 256
+"""tokens that a request which names no limit is taken to be answered with"""
+
+
 class CallerLeftError(Exception):
     """The caller closed the connection before the request was complete."""
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """About how many tokens a request's prompt has, and how many it may be answered with."""
+
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True)
 class Request:
     """A request as it goes to a replica; `target` is path with query, `key` is what the policy hashes."""
 
@@ -41,6 +55,19 @@ class Request:
     body: bytes
     model: str
     key: str | None
+
+    @cached_property
+    def tree(self) -> dict[str, Any]:
+        """The body, read once more: most requests never need it."""
+        return parse_body(self.body)
+
+    @cached_property
+    def size(self) -> Size:
+        """Without a tokenizer: four bytes of text are a token, a token id is one."""
+        source = next((self.tree[name] for name in ("messages", "prompt", "input") if self.tree.get(name)), None)
+        limits = (self.tree.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        given = next((limit for limit in limits if isinstance(limit, int) and limit > 0), USUAL_OUTPUT)
+        return Size(_count_tokens(source), given)
 
 
 async def read_request(scope: Scope, receive: Receive, settings: RouterSettings) -> Request:
@@ -63,6 +90,7 @@ async def read_request(scope: Scope, receive: Receive, settings: RouterSettings)
 
 
 async def read_body(headers: Headers, receive: Receive, settings: RouterSettings) -> bytes:
+    """Raises Refusal where it is too large or too slow, CallerLeftError when there is nobody to answer."""
     limit = settings.max_body_bytes
     # A connection whose request was not read to its end is of no more use: what follows is no request.
     close = {"Connection": "close"}
@@ -121,6 +149,19 @@ def _prompt_beginning(tree: dict[str, Any], num_chars: int) -> str:
         if length >= num_chars:
             break
     return "\n".join(pieces)
+
+
+def _count_tokens(value: object) -> int:
+    match value:
+        case str():
+            return len(value.encode("utf-8", "replace")) // BYTES_OF_TOKEN + 1
+        case int():
+            return 1
+        case list():
+            return sum(map(_count_tokens, value))
+        case dict():
+            return sum(_count_tokens(value.get(name)) for name in ("role", "content", "text"))
+    return 0
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -9,6 +9,11 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 PolicyName = Literal["round_robin", "least_load", "power_of_two", "prefix_aware", "session"]
+PairPolicyName = Literal["slo", "robin", "random"]
+Role = Literal["whole", "prefill", "decode"]
+"""what a replica does of a request: all of it, or its prompt, or what follows the prompt"""
+Handover = Literal["p2p", "nixl", "store", "bootstrap"]
+"""how a prompt's cache gets from one replica to another, see `handover.py`"""
 
 _KIB = 1024
 
@@ -28,9 +33,19 @@ class RouterSettings(BaseModel):
     """Keys that a caller may present as `Authorization: Bearer …`; with none, callers need no key and a key that
     they send goes on to the replica, unless that has one of its own."""
 
+    admin_token: SecretStr | None = None
+    """What who adds and removes replicas from outside shows as `Authorization: Bearer …`; without it nobody may."""
+
+    registered_timeout_s: float = Field(300, gt=0)
+    """How long a replica that was added from outside may fail every probe, in seconds; then it is removed."""
+
     policy: PolicyName = "least_load"
     """How a replica is chosen. `prefix_aware` sends prompts that begin alike to the same replica, whose cache then
     has them; `session` does it by `session_header` or the request's `user`; both fall back to `least_load`."""
+
+    pair_policy: PairPolicyName = "slo"
+    """How the prefill and the decode replica of a request are chosen, where a model is served by such pairs: `slo` by
+    the fewest tokens in flight, `robin` by the fewest requests, `random` by chance."""
 
     prefix_chars: int = Field(1024, ge=1)
     """`prefix_aware`: how many characters of a prompt's beginning decide."""
@@ -105,6 +120,8 @@ class RouterSettings(BaseModel):
             )
         if any(not key.get_secret_value().strip() for key in self.api_keys):
             raise ValueError("api_keys: an empty key would let everybody in")
+        if self.admin_token is not None and not self.admin_token.get_secret_value().strip():
+            raise ValueError("admin_token: an empty token would let everybody add replicas")
         return self
 
 
