@@ -92,6 +92,11 @@ class KVCache:
         keys, values = self._gather(0, self._keys[layer], pages), self._gather(1, self._values[layer], pages)
         return keys.view(num_rows, -1, *keys.shape[2:]), values.view(num_rows, -1, *values.shape[2:])
 
+    def by_head(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer as they lie, [1, heads, slots, dim]."""
+        keys, values = self._keys[layer], self._values[layer]
+        return keys.flatten(0, 1).transpose(0, 1)[None], values.flatten(0, 1).transpose(0, 1)[None]
+
     def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages (source, destination) in every layer."""
         pairs = tuple(pairs)
