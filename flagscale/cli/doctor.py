@@ -12,8 +12,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flagscale import env
+
+if TYPE_CHECKING:
+    from flagscale.chips.probe import Probe
 
 LEAST_FREE_BYTES = 5 * 1024**3
 WIDE = 160
@@ -71,11 +75,9 @@ def _machine() -> Iterator[Finding]:
     yield Finding("machine", "list of runs", str(state) if writable else None, remedy, needed=True)
 
 
-def _chips() -> Iterator[Finding]:
+def _chips(probe: "Probe") -> Iterator[Finding]:
     from flagscale.chips import find_chip
-    from flagscale.chips.probe import probe_host
 
-    probe = probe_host()
     if probe.devices:
         models = ", ".join(sorted({device.name or "of unknown model" for device in probe.devices}))
         found = f"{len(probe.devices)} x {models}, says {probe.decided_by}; device_type: {probe.chip.aliases[0]}"
@@ -89,11 +91,14 @@ def _chips() -> Iterator[Finding]:
         yield Finding("chips", cpu.name, f"always there; device_type: {cpu.aliases[0]}")
 
 
-def _training() -> Iterator[Finding]:
+def _training(probe: "Probe") -> Iterator[Finding]:
     yield _package("train", "torch", "install the build for your chips: https://pytorch.org/get-started/locally")
     for name in ("numpy", "psutil", "pybind11", "matplotlib"):
         yield _package("train", name, 'pip install -e ".[train]"')
     yield _package("train", "tensorboard", "pip install tensorboard (without it no TensorBoard logs are written)")
+    if probe.devices and probe.chip.name == "NVIDIA":
+        remedy = 'pip install --no-build-isolation "transformer_engine[pytorch]" (or train without: docs/training.md)'
+        yield _package("train", "transformer_engine", remedy)
     yield _source("Megatron-LM", "megatron")
     yield from _chip_trees("Megatron-LM", "megatron")
     yield _program("train", "g++", "apt-get install g++ (without it a prebuilt module is used where there is one)")
@@ -139,11 +144,14 @@ def _serving() -> Iterator[Finding]:
 
 
 def find_all() -> tuple[Finding, ...]:
+    from flagscale.chips.probe import probe_host
+
+    probe = probe_host()
     needed = (
         _package("launcher", name, "pip install -e .", needed=True)
         for name in ("hydra-core", "omegaconf", "pydantic", "rich")
     )
-    return (*_machine(), *needed, *_chips(), *_training(), *_serving())
+    return (*_machine(), *needed, *_chips(probe), *_training(probe), *_serving())
 
 
 def _print_table(findings: tuple[Finding, ...]) -> None:

@@ -46,11 +46,15 @@ def list_patched_chips(folder: str) -> tuple[str, ...]:
     return tuple(chip.name for chip in CHIPS if chip.name in found or "Common" in found)
 
 
+class NoExampleError(UserError):
+    """A name that is neither an example nor a YAML."""
+
+
 def find_config(name: str, task: str) -> Path:
     """A YAML by its path, or `examples/<name>/conf/<task>.yaml`.
 
     Raises:
-        UserError: there is neither.
+        NoExampleError: there is neither.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
@@ -62,7 +66,7 @@ def find_config(name: str, task: str) -> Path:
     models = sorted(folder.name for folder in examples.glob("*") if (folder / "conf" / f"{task}.yaml").is_file())
     near = find_nearest(name, models)
     hint = f"did you mean `{near}`?" if near else f"there are: {', '.join(models)}; or give the path of a YAML"
-    raise UserError(f"there is no example `{name}` with a {task}.yaml; {hint}")
+    raise NoExampleError(f"there is no example `{name}` with a {task}.yaml; {hint}")
 
 
 def load(composed: "Composed") -> "Config":

@@ -73,25 +73,29 @@ def start(argv: list[str]) -> int:
 
 def _compose(model: str, rest: list[str], engine: str | None, model_path: str | None) -> "Composed":
     """The configuration that was named, or one made for a folder with a model in it."""
-    from flagscale.cli.jobs import compose
-    from flagscale.serve.recipes import compose_model, is_model
+    from flagscale.cli.jobs import NoExampleError, compose
+    from flagscale.serve.recipes import HUB_ENGINES, compose_model, find_path_fault, is_model
 
     overrides = list(rest)
     if overrides and "=" not in overrides[0] and not overrides[0].startswith("~"):
         return compose(overrides.pop(0), "serve", overrides)
-    if is_model(model_path or model, engine):
-        try:
-            return compose(model, "serve", overrides)
-        except UserError:
-            if overrides:
-                raise
-        return compose_model(model, engine, Path.cwd())
-    return compose(model, "serve", overrides)
+    try:
+        return compose(model, "serve", overrides)
+    except NoExampleError as error:
+        if is_model(model_path or model, engine):
+            return compose_model(model, engine, Path.cwd(), overrides)
+        if fault := find_path_fault(model):
+            raise UserError(fault) from None
+        if is_model(model, HUB_ENGINES[0]):
+            raise UserError(f"{error}; for the model {model} of a hub, name an engine: --engine vllm|sglang") from None
+        raise
 
 
 def lay_over(composed: "Composed", args: argparse.Namespace) -> "Composed":
     """The configuration with what the options say."""
     from copy import deepcopy
+
+    from flagscale.serve.recipes import locate_model
 
     values: dict[str, Any] = deepcopy(composed.values)
     models = values.get("serve")
@@ -101,7 +105,7 @@ def lay_over(composed: "Composed", args: argparse.Namespace) -> "Composed":
     runner = experiment.setdefault("runner", {})
     told = dict(runner.get("cli_args") or {})
     if args.model_path:
-        told["model_path"] = _absolute(args.model_path)
+        told["model_path"] = locate_model(args.model_path)
     if getattr(args, "port", None) is not None:
         told["port"] = args.port
     if args.engine_args:
@@ -121,12 +125,6 @@ def lay_over(composed: "Composed", args: argparse.Namespace) -> "Composed":
             if args.replicas is not None:
                 model["resources"] = {**(model.get("resources") or {}), "num_replicas": args.replicas}
     return replace(composed, values=values)
-
-
-def _absolute(model: str) -> str:
-    """A path as it is meant where it is typed; a name of a hub as it is."""
-    path = Path(model).expanduser()
-    return str(path.absolute()) if path.exists() or model.startswith((".", "~")) else model
 
 
 def _bin_dir(text: str) -> Path:

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["model", "port", "argument", "chips", "memory", "module", "killed", "ray", "other"]
+Kind = Literal["model", "port", "argument", "chips", "memory", "module", "killed", "ray", "host", "other"]
+"""host: a host of the replica cannot be reached"""
 FINAL: frozenset[Kind] = frozenset({"model", "argument", "chips", "module"})
 """kinds that another start cannot mend"""
 
@@ -113,7 +114,7 @@ def find_cause(text: str, kinds: tuple[Kind, ...] = _ORDER) -> Cause | None:
     if found:  # what came last: engines warn of this and that before they meet what ends them
         return max(found, key=lambda row: row[0])[1]
     lines = _ERROR_LINE.findall(text)
-    return Cause("other", lines[-1].strip()[:LONGEST_LINE]) if lines else None
+    return Cause("other", lines[-1].strip().removeprefix("error: ")[:LONGEST_LINE]) if lines else None
 
 
 def explain_end(text: str, reason: str | None) -> Cause:

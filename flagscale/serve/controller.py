@@ -68,7 +68,6 @@ class Controller:
     version: int = FIRST_VERSION
     update: Update | None = None
     is_stopping: bool = False
-    was_ready: bool = False
     pool: Pool = field(init=False)
     fleet: Fleet = field(init=False)
     server: RouterServer = field(init=False)
@@ -78,7 +77,7 @@ class Controller:
 
     def __post_init__(self) -> None:
         self.pool = Pool(self.settings)
-        self.fleet = Fleet(self.pool, self.origin, self.service.start_timeout_s, tell)
+        self.fleet = Fleet(self.pool, self.origin, self.service, tell)
         self.server = RouterServer(self.pool, self.settings)
 
     @property
@@ -92,6 +91,7 @@ class Controller:
         state = find_state(self.exp_dir)
         if state is not None and state.run_id == self.run_id:
             self.service, self.version = decode_service(state.service), state.version
+            self.fleet.was_ready = state.was_ready
             self.origin = self.fleet.origin = replace(self.origin, config=state.config)
         self.pool.expect(model.served_name for model in self.service.models)
         for model in self.service.models:
@@ -108,6 +108,15 @@ class Controller:
                     kept.add(str(run.exp_dir))
         runs = await self.fleet.call(list_replica_runs, self.exp_dir)
         return [run for run in runs if str(run.exp_dir) not in kept]
+
+    async def clear(self, strays: list[RunRef]) -> None:
+        """End runs that nobody is to have; the seat of one whose host is silent is lost until that is back."""
+        faults = await asyncio.gather(*(self.fleet.call(end_replica, run) for run in strays))
+        left = {str(run.exp_dir): fault for run, fault in zip(strays, faults, strict=True) if fault}
+        for model in self.service.models:
+            for seat, place in enumerate(model.seats):
+                if fault := left.get(place.job.exp_dir):
+                    self.fleet.lose(model, seat, self.version, fault)
 
     def fit_all(self) -> None:
         for model in self.service.models:
@@ -128,21 +137,24 @@ class Controller:
     def save(self) -> None:
         wanted = {name: scaler.wanted for name, scaler in self.scalers.items()}
         service = encode_service(self.service)
-        state = ServiceState(self.run_id, self.version, service, self.origin.config, wanted)
+        state = ServiceState(self.run_id, self.version, service, self.origin.config, wanted, self.fleet.was_ready)
         save_state(self.exp_dir, state)
 
     # --- while it runs -----------------------------------------------------------------------------------------------
 
     async def scale(self) -> None:
-        """Follow the load, and note when all is ready for the first time."""
+        """Follow the load, fill seats in place of lost ones, and note when all is ready for the first time."""
         clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(SCALE_EVERY_S)
             self.retiring = {task for task in self.retiring if not task.done()}
-            self.was_ready = self.was_ready or self.phase == "ready"
+            if not self.fleet.was_ready and self.phase == "ready":
+                self.fleet.was_ready = True
+                self.save()
             if self.update is not None and self.update.state == "running":
                 continue
             for model in self.service.models:
+                self.fit(model)
                 scaler = self.scalers[model.name]
                 if model.scaling.lowest == model.scaling.highest or model.name not in self.fleet.first_ready:
                     continue
@@ -165,7 +177,7 @@ class Controller:
         """
         if self.update is not None and self.update.state == "running":
             raise UserError(f"an update to version {self.update.version} is running; try again when it is done")
-        if self.is_stopping or not self.was_ready:
+        if self.is_stopping or not self.fleet.was_ready:
             raise UserError(f"the service is {self.phase}; an update needs one that has been ready")
         for name in ("exp_dir", "host", "port", "api_key_env", "router"):
             old, new = getattr(self.service, name), getattr(service, name)
@@ -239,7 +251,7 @@ class Controller:
         is_full = all(len(self._ready_posts(name)) >= scaler.wanted for name, scaler in self.scalers.items())
         if is_full:
             return "ready"
-        if not self.was_ready:
+        if not self.fleet.was_ready:
             return "failed" if any(post.state == "failed" for post in posts) else "starting"
         return "degraded"
 
@@ -248,13 +260,13 @@ class Controller:
 
     def describe(self) -> dict[str, Any]:
         """The service as JSON values. Keys are only ever added."""
-        failed = [post for post in self.fleet.posts if post.state == "failed"]
+        faulty = [post for post in self.fleet.posts if post.state in ("failed", "lost")]
         return {
             "name": self.service.name,
             "run_id": self.run_id,
             "url": self.service.url,
             "state": self.phase,
-            "why": f"{failed[0].name}: {failed[0].cause}" if failed else None,
+            "why": f"{faulty[0].name}: {faulty[0].cause}" if faulty and self.phase != "ready" else None,
             "version": self.version,
             "needs_key": bool(self.settings.api_keys),
             "api_key_env": self.service.api_key_env,
@@ -294,7 +306,7 @@ class Controller:
             strays = await self.restore()  # first, so that nobody is told that there is no such model
             serving = asyncio.create_task(self.server.serve(sockets=[listener]))
             try:
-                await asyncio.gather(*(self.fleet.call(end_replica, run) for run in strays))
+                await self.clear(strays)
                 self.fit_all()
                 scaling = asyncio.create_task(self.scale())
                 await serving

@@ -133,7 +133,10 @@ def _look_at_replica(replica: RunRef, status: dict[str, Any] | None) -> Iterator
     if row["state"] == "ready":
         yield Finding(name, True, text)
         return
-    yield Finding(name, False, text + (f"; {row['reason']}" if row["reason"] else ""), f"its log: {records[0].output}")
+    remedy = f"its log: {records[0].output}"
+    if row["state"] == "lost":
+        remedy = "bring the host back: what it still runs is ended then, and its chips are used again"
+    yield Finding(name, False, text + (f"; {row['reason']}" if row["reason"] else ""), remedy)
     yield from _look_at_ray(name, replica, records)
 
 

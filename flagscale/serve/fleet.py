@@ -11,7 +11,7 @@ but it finds the same truth as `flagscale status`, also for runs that an earlier
 import asyncio
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +23,26 @@ from flagscale.errors import FlagScaleError
 from flagscale.runner.launch.folder import RunRef, find_current
 from flagscale.runner.launch.reach import Look
 from flagscale.runner.plan.job import JobPlan
-from flagscale.runner.plan.service import ENGINE_KEY, ModelPlan
+from flagscale.runner.plan.service import ENGINE_KEY, ModelPlan, ServicePlan
 from flagscale.serve.causes import FINAL, Cause
 from flagscale.serve.folder import is_run_alive
-from flagscale.serve.replicas import Origin, end_replica, is_run_of, look_at, start_replica, url_of
+from flagscale.serve.replicas import (
+    Origin,
+    blame_hosts,
+    clear_seat,
+    end_replica,
+    find_unreachable,
+    is_run_of,
+    look_at,
+    start_replica,
+    url_of,
+)
 from flagscale.serve.router.pool import Pool
 from flagscale.serve.router.replica import Replica, ReplicaState
 
-PostState = Literal["starting", "ready", "silent", "waiting", "failed", "draining", "gone"]
-"""silent: it lives and was ready, the router does not reach it; waiting: it died, and is started again later"""
+PostState = Literal["starting", "ready", "silent", "waiting", "failed", "lost", "draining", "gone"]
+"""silent: it lives and was ready, the router does not reach it; waiting: it died, and is started again later; lost: its
+host cannot be reached, and its seat is used again once that is back and what it left there has been ended"""
 T = TypeVar("T")
 
 LOOK_EVERY_S = 0.3
@@ -45,6 +56,7 @@ REFUSES_S = 20.0
 LONGEST_PAUSE_S = 60.0
 MOST_DEATHS = 5
 """in a row; then a post has failed"""
+LOOK_AT_LOST_EVERY_S = 10.0
 MOST_THREADS = 64
 
 
@@ -53,6 +65,7 @@ class Post:
     """A seat that is to be filled, and the replica in it.
 
     number: how many runs have been started here by this controller; since: when its state began, seconds since 1970
+    lost_hosts: those of its hosts that cannot be reached, once it is lost
     """
 
     model: ModelPlan
@@ -66,6 +79,7 @@ class Post:
     was_ready: bool = False
     deaths: int = 0
     cause: Cause | None = None
+    lost_hosts: tuple[str, ...] = ()
     progress: str = ""
     keeper: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -81,7 +95,7 @@ class Post:
     @property
     def is_filled(self) -> bool:
         """Whether it counts for its model: it is, or is coming."""
-        return self.state not in ("draining", "gone")
+        return self.state not in ("lost", "draining", "gone")
 
     def enter(self, state: PostState) -> None:
         if state != self.state:
@@ -92,11 +106,14 @@ class Post:
 class Fleet:
     """Owns the posts of a service, and a pool that has their replicas."""
 
-    def __init__(self, pool: Pool, origin: Origin, start_timeout_s: float, tell: Callable[[str], None]) -> None:
+    def __init__(self, pool: Pool, origin: Origin, service: ServicePlan, tell: Callable[[str], None]) -> None:
         self.pool = pool
         self.origin = origin
-        self.start_timeout_s = start_timeout_s
+        self.start_timeout_s = service.start_timeout_s
+        self.host_lost_after_s = service.host_lost_after_s
         self.tell = tell
+        self.was_ready = False
+        """whether the whole service has been: from then on a host that is not there is no fault of the service"""
         self.posts: list[Post] = []
         self.threads = ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="fleet")
         self.first_ready: set[str] = set()
@@ -114,10 +131,13 @@ class Fleet:
     # --- seats -------------------------------------------------------------------------------------------------------
 
     def find_seat(self, model: ModelPlan) -> int | None:
-        """A seat that takes nothing that any living replica has."""
+        """A seat that takes nothing that any replica has, or may have, and whose hosts can be reached."""
         taken = {thing for post in self.posts for thing in post.model.seats[post.seat].takes}
-        seats = enumerate(model.seats)
-        return next((number for number, seat in seats if taken.isdisjoint(seat.takes)), None)
+        lost = {name for post in self.posts if post.state == "lost" for name in post.lost_hosts}
+        for number, seat in enumerate(model.seats):
+            if taken.isdisjoint(seat.takes) and lost.isdisjoint(host.host.name for host in seat.job.hosts):
+                return number
+        return None
 
     def list_posts(self, model: str, version: int | None = None) -> list[Post]:
         """Of one model, those that count; of any version where none is named."""
@@ -130,10 +150,19 @@ class Fleet:
     def fill(self, model: ModelPlan, seat: int, version: int, run: RunRef | None = None) -> Post:
         """Fill a seat, with the replica that `run` already is or with a new one."""
         post = Post(model, seat, version, run=run)
-        self.posts.append(post)
-        post.keeper = asyncio.create_task(self._keep(post), name=post.name)
-        post.keeper.add_done_callback(lambda task: self._note_mistake(post, task))
+        self._begin(post, self._keep(post))
         return post
+
+    def lose(self, model: ModelPlan, seat: int, version: int, fault: str) -> None:
+        """Have a seat wait for its hosts, on which something of an earlier run may live."""
+        post = Post(model, seat, version, state="lost", cause=Cause("host", fault))
+        post.lost_hosts = tuple(host.host.name for host in post.job.hosts)
+        self._begin(post, self._wait_for_hosts(post))
+
+    def _begin(self, post: Post, work: Coroutine[Any, Any, None]) -> None:
+        self.posts.append(post)
+        post.keeper = asyncio.create_task(work, name=post.name)
+        post.keeper.add_done_callback(lambda task: self._note_mistake(post, task))
 
     def _note_mistake(self, post: Post, task: "asyncio.Task[None]") -> None:
         """A keeper that ends by an exception of its own leaves a post that says so."""
@@ -159,7 +188,8 @@ class Fleet:
         self.posts.remove(post)
 
     async def stop_all(self, drain_s: float) -> None:
-        await asyncio.gather(*(self.retire(post, drain_s) for post in list(self.posts) if post.is_filled))
+        ending = [post for post in self.posts if post.is_filled or post.state == "lost"]
+        await asyncio.gather(*(self.retire(post, drain_s) for post in ending))
         self.threads.shutdown(wait=False)
 
     # --- one post ----------------------------------------------------------------------------------------------------
@@ -168,6 +198,9 @@ class Fleet:
         while True:
             post.enter("starting")
             post.cause = cause = await self._run_once(post)
+            if cause.kind == "host" and (post.was_ready or self.was_ready):
+                await self._wait_for_hosts(post)
+                return
             post.run = None
             post.deaths += 1
             most = MOST_DEATHS
@@ -193,7 +226,25 @@ class Fleet:
             self.tell(f"{post.name}: run {post.run.run_id} is at {url_of(post.run, post.job)}")
             return await self._watch(post, post.run)
         except (FlagScaleError, OSError) as error:
-            return Cause("other", str(error))
+            post.lost_hosts = tuple(await self.call(find_unreachable, post.job))
+            return Cause("host" if post.lost_hosts else "other", str(error))
+
+    async def _wait_for_hosts(self, post: Post) -> None:
+        """Give a seat up until its hosts are back and nothing of its last run is left on them.
+
+        Till then its chips and its folder are taken, so that no two replicas can ever have them.
+        """
+        self.tell(f"{post.name}: {post.cause}; its seat is given up until that is back")
+        if post.pool_id:
+            self.pool.remove(post.pool_id)
+            post.pool_id = ""
+        post.enter("lost")
+        while silent := await self.call(clear_seat, post.job):
+            post.lost_hosts, post.cause = tuple(silent), blame_hosts(silent)
+            await asyncio.sleep(LOOK_AT_LOST_EVERY_S)
+        self.tell(f"{post.name}: {', '.join(post.lost_hosts)} can be reached again, and nothing runs there in its seat")
+        post.enter("gone")
+        self.posts.remove(post)
 
     def _start(self, post: Post) -> RunRef:
         """In a thread: clear the seat of what an earlier controller left there, and start."""
@@ -235,7 +286,11 @@ class Fleet:
             else:
                 if post.state == "ready":
                     post.enter("silent")
-                if fault := self._find_fault(post, seen, now - (last_ready if ready_since else begun)):
+                if health.silent:
+                    post.lost_hosts = tuple(health.silent)
+                    if min(health.silent_s, now - (last_ready if ready_since else begun)) > self.host_lost_after_s:
+                        return blame_hosts(health.silent)
+                elif fault := self._find_fault(post, seen, now - (last_ready if ready_since else begun)):
                     await self.call(end_replica, run)
                     return fault
             await asyncio.sleep(LOOK_AT_READY_EVERY_S if post.state == "ready" else LOOK_EVERY_S)
@@ -271,7 +326,7 @@ class Fleet:
             FlagScaleError: it failed, with the cause.
         """
         while post.state != "ready":
-            if post.state in ("failed", "draining", "gone"):
+            if post.state in ("failed", "lost", "draining", "gone"):
                 raise FlagScaleError(f"{post.name}: {post.cause or 'was ended'}")
             post.changed.clear()
             await post.changed.wait()

@@ -41,7 +41,8 @@ class Control:
 class ServiceState:
     """What a controller that starts anew goes on from.
 
-    service: as `encode_service`; config: what it was planned from; wanted: replicas by model
+    service: as `encode_service`; config: what it was planned from; wanted: replicas by model; was_ready: whether all
+    of it has ever been
     """
 
     run_id: str
@@ -49,6 +50,7 @@ class ServiceState:
     service: Mapping[str, Any]
     config: Mapping[str, Any]
     wanted: Mapping[str, int]
+    was_ready: bool = False
 
 
 def service_folder(exp_dir: Path) -> Path:

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flagscale.chips import find_chip
-from flagscale.errors import UserError, find_nearest
+from flagscale.errors import UserError
 from flagscale.runner.launch.checks import find_program
 from flagscale.runner.launch.ports import find_port_owner, is_port_free
 from flagscale.runner.plan.job import HostPlan, ProcessSpec
 from flagscale.runner.plan.service import ModelPlan, ServicePlan
+from flagscale.serve.recipes import describe_missing
 from flagscale.serve.terms import make_settings
 
 MODULES = {"sglang": "sglang", "native": "transformers"}
@@ -108,7 +109,7 @@ def model_of(process: ProcessSpec) -> str:
 def _find_model_fault(process: ProcessSpec, before: str) -> Iterator[str]:
     name = model_of(process)
     path = Path(process.cwd, name).expanduser()
-    if "://" in name or (path.name and path.name in before):
+    if "://" in name or (path.name and re.search(rf"(?<![\w.-]){re.escape(path.name)}(?![\w.-])", before)):
         return
     if path.is_file() and (process.backend == "llama_cpp" or path.suffix == ".gguf"):
         return
@@ -120,10 +121,7 @@ def _find_model_fault(process: ProcessSpec, before: str) -> Iterator[str]:
         return
     if process.backend in ("vllm", "sglang") and not name.startswith((".", "/", "~")) and _HUB_NAME.fullmatch(name):
         return  # a name of the hub, which the engine looks up
-    parent = next((folder for folder in path.parents if folder.is_dir()), Path("/"))
-    near = find_nearest(path.name, [item.name for item in parent.iterdir()]) if parent == path.parent else None
-    hint = f"; did you mean `{parent / near}`?" if near else f"; {parent} is the part of it that exists"
-    yield f"there is no model at {path}{hint}"
+    yield describe_missing(path)
 
 
 def _find_chip_faults(model: ModelPlan) -> Iterator[str]:
@@ -144,16 +142,13 @@ def _find_chip_faults(model: ModelPlan) -> Iterator[str]:
     found = probe_host()
     present = {device.index for device in found.devices}
     wanted = find_chip(chip_name or "gpu")
-    replicas = f"{model.scaling.highest} replicas" if model.scaling.highest > 1 else "it"
-    what = (
-        f"{model.name}: {replicas} need {len(needed)} chips"
-        if replicas != "it"
-        else f"{model.name} needs {len(needed)} chips"
-    )
+    chips = f"{len(needed)} chip{'s' * (len(needed) > 1)}"
+    many = model.scaling.highest > 1
+    what = f"{model.name}: {model.scaling.highest} replicas need {chips}" if many else f"{model.name} needs {chips}"
     if not present:
         yield (
-            f"{what}, and this machine has none; to serve on its CPU set `experiment.runner.device_type: cpu`, "
-            "or name the hosts that have some by `experiment.runner.hostfile`"
+            f"{what}, and this machine has none; to serve on its CPU add `++experiment.runner.device_type=cpu`, "
+            "or name the hosts that have some by `++experiment.runner.hostfile=PATH`"
         )
     elif wanted is not None and found.chip is not wanted:
         yield f"{what} of {wanted.name}, but this machine has {found.chip.name}; name that by `runner.device_type`"

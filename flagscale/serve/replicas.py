@@ -5,20 +5,23 @@ All of this waits for processes and files, so the controller calls it from threa
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from flagscale.errors import FlagScaleError
-from flagscale.runner.launch.folder import RunRef, load_job
+from flagscale.runner.launch.folder import RunRef, find_current, list_remotes, load_job
 from flagscale.runner.launch.journal import read_tail
 from flagscale.runner.launch.launcher import submit_job
-from flagscale.runner.launch.reach import Look
+from flagscale.runner.launch.reach import ASK_LIMIT_S, Links, Look
 from flagscale.runner.launch.record import HostRecord, order_by_cause
 from flagscale.runner.monitor.stop import stop_run
 from flagscale.runner.plan.job import AtLaunch, JobPlan, ProcessSpec, Word, encode_plan
 from flagscale.runner.plan.service import ENGINE_KEY
 from flagscale.serve.causes import Cause, explain_end, find_progress
+from flagscale.serve.folder import is_run_alive
 
 GRACE_S = 15.0
 """Between SIGTERM and SIGKILL for an engine, seconds: its requests have been drained before."""
@@ -82,11 +85,16 @@ def read_output(record: HostRecord) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a run is: alive, or ended for a cause; progress is the last line of its head."""
+    """How a run is: alive, or ended for a cause; progress is the last line of its head.
+
+    silent: host -> why it cannot be reached; silent_s: for how long that has been so
+    """
 
     is_alive: bool
     progress: str = ""
     cause: Cause | None = None
+    silent: Mapping[str, str] = field(default_factory=dict)
+    silent_s: float = 0.0
 
 
 def look_at(look: Look) -> Health:
@@ -96,11 +104,41 @@ def look_at(look: Look) -> Health:
     """
     records = look.load_records()
     if any(record.is_alive or (record.answer and record.answer.unreachable) for record in records):
-        return Health(True, find_progress(read_output(records[0])))
+        return Health(True, find_progress(read_output(records[0])), None, *_find_silent(look))
     first = order_by_cause(records)[0]
     end = first.find("job_ended")
     reason = end["reason"] if end else "its agent and its guard were killed"
     return Health(False, cause=explain_end(read_output(first), reason or "it ended by itself"))
+
+
+def _find_silent(look: Look) -> tuple[dict[str, str], float]:
+    """Which hosts cannot be reached, and for how long that has been so."""
+    since, answers = dict(look.silent_since), look.answers
+    silent = {
+        remote.name: answers[remote.label].unreachable or ""
+        for remote in look.run.remotes
+        if remote.label in since and remote.label in answers
+    }
+    return silent, time.monotonic() - min(since.values()) if silent else 0.0
+
+
+def find_unreachable(job: JobPlan) -> dict[str, str]:
+    """Host -> why it cannot be reached over SSH, of those of a plan that cannot."""
+    remotes = list_remotes(job)
+    with Links(remotes, job.accept_new_host_keys) as links:
+        replies = links.run_all({remote.label: (["echo", "{}"], b"") for remote in remotes}, ASK_LIMIT_S)
+    return {links.remotes[label].name: reply.fault for label, reply in replies.items() if reply.fault}
+
+
+def blame_hosts(silent: Mapping[str, str]) -> Cause:
+    return Cause("host", "; ".join(f"{name} {why}" for name, why in silent.items()))
+
+
+def clear_seat(job: JobPlan) -> dict[str, str]:
+    """End what the last run in a seat's folder may have left; returns host -> why the seat cannot be used yet."""
+    run = find_current(Path(job.exp_dir))
+    fault = end_replica(run) if run is not None and (run.remotes or is_run_alive(run)) else None
+    return find_unreachable(job) or ({job.hosts[0].host.name: fault} if fault else {})
 
 
 def end_replica(run: RunRef, force: bool = False) -> str | None:

@@ -20,6 +20,7 @@ from flagscale.train.backend import (
     start_megatron,
     validate_arguments,
 )
+from flagscale.train.fused_kernels import check_kernels
 from flagscale.train.readiness import announce_rank_up
 from flagscale.train.token_files import check_data_paths
 
@@ -211,6 +212,7 @@ def train(argv: list[str]) -> None:
     check_scope(args)
     if args.use_checkpoint_args:
         _take_arguments_of_checkpoint(args)
+    check_kernels(args)
     validate_arguments(args)
     check_transformer_config(args)
 

@@ -1,6 +1,8 @@
 """A service whose replicas are on other hosts, reached over SSH: behind a key there, and ended from here."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from hosts import MakeHosts, missing, run_at
 from services import FAKE, Bench, wait_for
 from ssh_jobs import Bench as HostBench
 
+from flagscale.serve.folder import find_control
+
 pytest_plugins = ("host_fixtures",)
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
@@ -18,10 +22,11 @@ pytest.importorskip("paramiko")
 PORT = 18431
 
 
-def make_bench(make_hosts: MakeHosts, base: Path, num_hosts: int) -> HostBench:
-    base.mkdir()
+def make_bench(make_hosts: MakeHosts, base: Path, num_hosts: int, is_shared: bool = True, **deploy: Any) -> HostBench:
+    """is_shared: all hosts see one experiment folder; else each has its own"""
+    (base / "exp").mkdir(parents=True)
     Bench.make(base)  # the model and the fake engine
-    bench = HostBench(make_hosts(num_hosts), base)
+    bench = HostBench(make_hosts(num_hosts, () if is_shared else (base / "exp",)), base)
     (base / "hostfile").write_text("".join(f"h{number} slots=2 type=cpu\n" for number in range(1, num_hosts + 1)))
     args = {"model": str(base / "model"), "served_model_name": "m"}
     model = serve_model(serve_id="m", engine_args=args, resources={"num_replicas": num_hosts})
@@ -29,7 +34,8 @@ def make_bench(make_hosts: MakeHosts, base: Path, num_hosts: int) -> HostBench:
         "hostfile": str(base / "hostfile"),
         "bin_dir": str(base / "bin"),
         "start_timeout_s": 90,
-        "deploy": {"port": PORT},
+        "no_shared_fs": not is_shared,
+        "deploy": {"port": PORT, **deploy},
     }
     tree = serve_tree(model, experiment__exp_dir=str(bench.exp_dir), experiment__runner=runner)
     write_config(base / "conf", tree, "serve")
@@ -91,4 +97,44 @@ def test_a_fault_of_one_host_is_named_and_nothing_is_left_on_the_other(make_host
     assert done.returncode == 1
     assert "the service did not start: m-1: " in done.stderr
     assert "h9" in done.stderr
+    assert list_engines(bench) == []
+
+
+@pytest.mark.slow
+def test_the_seat_of_a_lost_host_is_taken_elsewhere_until_the_host_is_back(
+    make_hosts: MakeHosts, tmp_path: Path
+) -> None:
+    """The cable of h2 is pulled: its engine lives on, out of reach, and may not be anybody's when it is plugged in."""
+    bench = make_bench(make_hosts, tmp_path / "base", 2, is_shared=False, host_lost_after_s=3)
+    done = bench.call("serve", str(bench.base / "conf" / "serve.yaml"))
+    assert done.returncode == 0, done.stderr
+
+    def replicas() -> dict[str, tuple[str, list[str]]]:
+        return {row["name"]: (row["state"], row["hosts"]) for row in status_of(bench)["replicas"]}
+
+    assert replicas() == {"m-0": ("ready", ["h1"]), "m-1": ("ready", ["h2"])}
+    bench.hosts.cut("h2")
+    moved = {"m-0": ("ready", ["h1"]), "m-1": ("lost", ["h2"]), "m-2": ("ready", ["h1"])}
+    wait_for(lambda: replicas() == moved, 120)
+    assert status_of(bench)["state"] == "ready"
+    assert len(list_engines(bench)) == 3
+    examined = bench.call("serve", "doctor", str(bench.exp_dir))
+    assert (examined.returncode, "lost at h2: h2 " in examined.stdout) == (1, True), examined.stdout
+
+    # the controller's successor finds the same: what lives is its own, what is out of reach is nobody's yet
+    control = find_control(bench.exp_dir)
+    assert control is not None
+    os.kill(control.pid, signal.SIGKILL)
+    wait_for(lambda: find_control(bench.exp_dir) != control)
+    wait_for(lambda: replicas() == moved, 120)
+    assert len(list_engines(bench)) == 3
+    assert '"w0 w1 w2"' in ask(bench, f"http://127.0.0.1:{PORT}")
+
+    bench.hosts.join("h2")
+    wait_for(lambda: "m-1" not in replicas(), 120)
+    assert replicas() == {"m-0": ("ready", ["h1"]), "m-2": ("ready", ["h1"])}
+    assert len(list_engines(bench)) == 2
+    assert run_at(bench.hosts, "pgrep", "-f", str(FAKE), on="h2").stdout == ""
+    done = bench.call("serve", "stop", str(bench.exp_dir), timeout_s=300)
+    assert done.returncode == 0, done.stderr
     assert list_engines(bench) == []

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from flagscale import env
+from flagscale.chips import Device, find_chip
+from flagscale.chips.probe import Probe
 from flagscale.cli import doctor
 from flagscale.cli.doctor import Finding, find_all, main
 
@@ -81,3 +83,15 @@ def test_nothing_heavy_is_imported_to_find_out() -> None:
 def test_groups_stand_together() -> None:
     groups = [row.group for row in find_all()]
     assert len(set(groups)) == len([a for a, b in zip(groups, [*groups[1:], ""], strict=True) if a != b])
+
+
+def test_transformer_engine_is_looked_for_beside_nvidia_s_chips(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names_on(chip: str, *devices: Device) -> set[str]:
+        found = find_chip(chip)
+        assert found
+        monkeypatch.setattr("flagscale.chips.probe.probe_host", lambda: Probe(found, devices, "a tool", ()))
+        return {row.name for row in find_all()}
+
+    assert "transformer_engine" in names_on("H100", Device(0, "H100"))
+    assert "transformer_engine" not in names_on("MLU590", Device(0, "MLU590"))
+    assert "transformer_engine" not in names_on("H100")

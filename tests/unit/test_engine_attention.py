@@ -10,7 +10,9 @@ torch = pytest.importorskip("torch")
 
 from flagscale.errors import UserError  # noqa: E402
 from flagscale.inference.engine.attention import (  # noqa: E402
+    AttentionPlan,
     Group,
+    Lone,
     ShapeProbe,
     Span,
     make_plan,

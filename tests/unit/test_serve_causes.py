@@ -74,6 +74,7 @@ def test_colours_and_columns_are_no_part_of_it() -> None:
 
 def test_without_an_error_the_end_itself_is_told() -> None:
     assert find_cause("all is well") is None
+    assert str(find_cause("error: the sky fell")) == "the sky fell"
     assert str(explain_end("all is well", "m ended with exit code 3")) == "m ended with exit code 3"
     assert explain_end("", None).line == "it ended without a word"
     killed = explain_end("RuntimeError: a word", "m died of SIGKILL")

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 from factories import ROOT, composed, load, plan, run_python, serve_model, serve_tree
 
-from flagscale.cli.serve import lay_over
+from flagscale.cli.serve import lay_over, start
 from flagscale.errors import UserError
 from flagscale.runner.config.load import load_config
 from flagscale.runner.plan.registry import plan_config
@@ -49,6 +51,57 @@ def test_a_folder_makes_a_configuration(tmp_path: Path, monkeypatch: pytest.Monk
     assert job.exp_dir == str(tmp_path / "outputs/my-model")
     hub = load_config(compose_model("Qwen/Qwen3-8B", "vllm", tmp_path), tmp_path)
     assert hub.arguments[0][0].value == "Qwen/Qwen3-8B"
+
+
+def test_overrides_lie_over_a_configuration_that_was_made(tmp_path: Path) -> None:
+    words = ("++experiment.runner.device_type=cpu", "serve.0.engine_args.seed=3")
+    config = load_config(compose_model("/m", "vllm", tmp_path, words), tmp_path)
+    assert config.experiment.runner.device_type == "cpu"
+    assert config.values["serve"][0]["engine_args"] == {"model": "/m", "served_model_name": "m", "seed": 3}
+    for wrong in ("~serve", "serve.1.x=1", "serve.0={"):
+        with pytest.raises(UserError, match=re.escape(f"`{wrong}` is no override")):
+            compose_model("/m", "vllm", tmp_path, (wrong,))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("./modle", "there is no model at {here}/modle; did you mean `{here}/model`?"),
+        ("/no/such/model", "there is no model at /no/such/model; / is the part of it that exists"),
+        ("empty", "the folder {here}/empty holds no model: no config.json and no *.gguf"),
+        ("tinny", "there is no example `tinny` with a serve.yaml; did you mean `tiny`?"),
+        ("Qwen/Qwen3-8B", "for the model Qwen/Qwen3-8B of a hub, name an engine: --engine vllm|sglang"),
+    ],
+)
+def test_a_word_that_is_no_model_is_told_as_what_it_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        start([name])
+    assert str(caught.value).endswith(told.format(here=tmp_path))
+
+
+def test_tiny_serves_what_was_trained_where_the_command_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training writes below the folder in which it is typed, and so does the service."""
+    from flagscale.cli.jobs import compose
+    from flagscale.cli.jobs import plan as plan_job
+
+    here = tmp_path / "a b"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    trained = plan_job(compose("tiny", "train", [])).plan
+    service = plan_job(compose("tiny", "serve", [])).plan.service
+    (seat,) = {model.seats[0] for model in decode_service(service or {}).models}
+    host = seat.job.hosts[0]
+    words = shlex.split(host.before_start or "")
+    model = str(here / "outputs/tiny_serve/model")
+    assert words[2:] == ["--checkpoints", dict(trained.hosts[0].processes[0].arguments)["save"], model]
+    assert dict(host.processes[0].arguments)["model"] == model
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_seats_whose_chips_are_not_there_are_left_out(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("chip", "ids", "says"),
     [
-        (GENERIC_CPU, (), r"needs 4 chips, and this machine has none.*device_type: cpu"),
+        (GENERIC_CPU, (), r"needs 4 chips, and this machine has none.*device_type=cpu"),
         (NVIDIA, (0, 1), r"needs 4 chips, but this machine has 2 \(NVIDIA\); missing: \[2, 3\]"),
         (GENERIC_CPU, (0, 1, 2, 3), r"needs 4 chips of NVIDIA, but this machine has Generic_CPU"),
     ],
@@ -166,6 +166,8 @@ def test_what_before_start_may_bring_is_no_fault(tmp_path: Path) -> None:
     check_models(service_of(serve_model("native", engine_args=args), experiment__cmds=cmds))
     with pytest.raises(UserError, match="there is no model at"):
         check_models(service_of(serve_model(engine_args={"model": str(tmp_path / "x")}), experiment__cmds=cmds))
+    with pytest.raises(UserError, match="there is no model at"):  # a part of a word is another word
+        check_models(service_of(serve_model(engine_args={"model": str(tmp_path / "mad")}), experiment__cmds=cmds))
 
 
 def test_an_engine_that_is_not_here_is_told_with_the_way_to_get_it(

@@ -6,9 +6,11 @@ similar shape, each padded a little and computed in one call for a layer. Paddin
 `plan_groups` weighs one against the other.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -267,8 +269,8 @@ def _reads_in_place(span: Span, costs: Costs) -> bool:
     return span.stop >= costs.long_enough and span.pages == tuple(range(first, first + len(span.pages)))
 
 
-def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> AttentionPlan:
-    """The attention of a step whose flat list is the spans one after the other."""
+def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> Attend:
+    """The attention of a step whose flat list is the spans one after the other, in the order of `sort_key`."""
     size = cache.page_size
     slots: list[int] = []
     for span in spans:
@@ -276,12 +278,22 @@ def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> At
         slots.extend([PADDING_PAGE] * max(0, min(span.num_kept, span.stop) - span.start))
         written = range(max(span.start, span.num_kept), span.stop)
         slots.extend(span.pages[at // size] * size + at % size for at in written)
+    places = stage(slots, device)
+    if _has_fused_kernel(device):
+        from flagscale.inference.engine.fused_attention import make_fused_plan
+
+        return make_fused_plan(spans, places, cache, device)
     costs = find_costs(device)
     alone = {span.row: span for span in spans if span.count == 1 and _reads_in_place(span, costs)}
     planned = plan_groups([each for each in spans if each.row not in alone], cache.num_pages, size, costs)
     groups = tuple(_make_group(members, cache, device) for members in planned)
     lone = tuple(Lone(row, alone[row].pages[0] * size, alone[row].stop) for row in sorted(alone))
-    return AttentionPlan(cache, stage(slots, device), groups, lone)
+    return AttentionPlan(cache, places, groups, lone)
+
+
+@functools.cache
+def _has_fused_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def plan_groups(spans: Sequence[Span], max_pages: int, page_size: int, costs: Costs = ON_CPU) -> list[list[Span]]:

@@ -92,10 +92,14 @@ class KVCache:
         keys, values = self._gather(0, self._keys[layer], pages), self._gather(1, self._values[layer], pages)
         return keys.view(num_rows, -1, *keys.shape[2:]), values.view(num_rows, -1, *values.shape[2:])
 
+    def pages_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values [pages, page_size, heads, dim] of a layer, where they lie."""
+        return self._keys[layer], self._values[layer]
+
     def by_head(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of a layer as they lie, [1, heads, slots, dim]."""
-        keys, values = self._keys[layer], self._values[layer]
-        return keys.flatten(0, 1).transpose(0, 1)[None], values.flatten(0, 1).transpose(0, 1)[None]
+        """The same as [1, heads, slots, dim]."""
+        keys, values = (each.flatten(0, 1).transpose(0, 1).unsqueeze(0) for each in self.pages_of(layer))
+        return keys, values
 
     def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages (source, destination) in every layer."""

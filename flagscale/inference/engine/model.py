@@ -16,7 +16,7 @@ from flagscale.errors import UserError
 from flagscale.inference.engine.adapters import AdapterSpan, AdapterTable
 from flagscale.inference.engine.attention import (
     NAME,
-    AttentionPlan,
+    Attend,
     ShapeProbe,
     Span,
     find_costs,
@@ -114,7 +114,7 @@ class ModelRunner:
         parts = dict(zip(order, logits.split([len(wanted[i]) for i in order]), strict=True))
         return [parts[i] for i in range(len(chunks))]
 
-    def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: AttentionPlan) -> torch.Tensor:
+    def _run(self, tokens: list[int], positions: list[int], rows: list[int], plan: Attend) -> torch.Tensor:
         ids, at, kept = (stage(each, self.device) for each in (tokens, positions, rows))
         out = self.model(input_ids=ids[None], position_ids=at[None], use_cache=False, logits_to_keep=kept, paged=plan)
         logits: torch.Tensor = out.logits[0].float()

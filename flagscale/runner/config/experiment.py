@@ -126,6 +126,8 @@ class Deploy(Section):
     """the environment variable that holds the service's API key; needed for any address but the loopback's"""
     router: Annotated[dict[str, Any], AfterValidator(_check_router)] = Field(default_factory=dict)
     """settings of the router in front of the replicas"""
+    host_lost_after_s: Seconds = Field(default=120, gt=0)
+    """a replica that neither answers nor can be reached over SSH for so long is replaced on other chips"""
     use_fs_serve: bool = True
     enable_composition: bool = False
     name: str | None = None

@@ -118,6 +118,7 @@ def plan_service(config: Config, site: Site) -> ServicePlan:
         models=tuple(_plan_model(config, site, row, crowd) for row in rows),
         router=tuple(deploy.router.items()),
         start_timeout_s=config.experiment.runner.start_timeout_s,
+        host_lost_after_s=deploy.host_lost_after_s,
     )
 
 

@@ -70,6 +70,7 @@ class ServicePlan:
     models: tuple[ModelPlan, ...]
     router: tuple[tuple[str, Any], ...] = ()
     start_timeout_s: float = 1800.0
+    host_lost_after_s: float = 120.0
 
     @property
     def url(self) -> str:
