@@ -28,7 +28,7 @@ def main() -> int:
     print("[0, 0]", file=answers)
     for line in sys.stdin:
         asked = json.loads(line)
-        scheduler.max_num_running_reqs = asked["concurrency"]
+        scheduler.max_num_active_reqs = asked["concurrency"]
         llm.reset_prefix_cache()
         prompts = [{"prompt_token_ids": prompt} for prompt, _ in asked["jobs"]]
         params = [
