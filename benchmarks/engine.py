@@ -1,21 +1,28 @@
 """The engine against `generate` of transformers, side by side in one run.
 
     python benchmarks/engine.py [--threads 2] [--runs 5] [--dtype float32] [--size 34m] [--device cuda]
+        [--vllm-python PATH]
 
 A random Qwen3 of 34 million parameters (or 0.3 billion); every pair is run in turn (A B A B ..), and the median of the
 ratios is printed, of wall time and of processor time (which other work on the machine disturbs less), with what is
 promised. For throughput there are twice as many requests as may run at once, and `generate` takes them in padded
 batches of that size. Only tokens that were asked for count. Every run starts with an empty prefix cache.
+
+`--vllm-python` is the Python of an environment that has vLLM, which gets the same weights and requests in each round.
 """
 
 import argparse
+import json
 import os
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 SIZES = {
@@ -101,17 +108,55 @@ class Bench:
         if self.peer.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def time(self, work: Callable[[], None]) -> Seconds:
+    def time(self, work: Callable[[], "Seconds | None"]) -> Seconds:
         self.forget()
         self.wait()
         wall, processor = time.perf_counter(), time.process_time()
-        work()
+        if (own := work()) is not None:
+            return own
         self.wait()
         return Seconds(time.perf_counter() - wall, time.process_time() - processor)
 
-    def rounds(self, *works: Callable[[], None], times: int = 1) -> list[list[Seconds]]:
-        """Each work in turn, again and again; the first round is not counted."""
+    def rounds(self, *works: Callable[[], "Seconds | None"], times: int = 1) -> list[list[Seconds]]:
+        """Each work in turn, again and again; the first round is not counted. A work may time itself."""
         return [[self.time(work) for work in works] for _ in range(times * self.runs + 1)][1:]
+
+
+class Vllm:
+    """vLLM in a process of its own environment, with the same weights."""
+
+    def __init__(self, python: str, peer: Any, dtype: str, max_running: int, threads: int) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        peer.save_pretrained(self._folder.name)
+        script = Path(__file__).with_name("engine_vllm.py")
+        own = {
+            "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        }  # fmt: skip
+        self._log = Path(self._folder.name) / "log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [python, str(script), self._folder.name, dtype, str(max_running)],
+                env={**os.environ, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+        self._read()
+
+    def answer(self, jobs: list[Job], concurrency: int) -> Seconds:
+        assert self._process.stdin is not None
+        asked = {"concurrency": concurrency, "jobs": [[job.prompt, job.num_tokens] for job in jobs]}
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        return self._read()
+
+    def close(self) -> None:
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def _read(self) -> Seconds:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"vLLM ended: {self._log.read_text()[-2000:]}")
+        return Seconds(*json.loads(line))
 
 
 def make_bench(size: str, dtype: str, runs: int, device: str = "cpu") -> Bench:
@@ -127,7 +172,10 @@ def make_bench(size: str, dtype: str, runs: int, device: str = "cpu") -> Bench:
     torch.manual_seed(0)
     peer = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval().to(device)
     peer.set_attn_implementation("sdpa")
-    print(f"{peer.num_parameters() / 1e6:.0f} M parameters, {dtype}, {device}, {torch.get_num_threads()} threads")
+    print(
+        f"{peer.num_parameters() / 1e6:.0f} M parameters, {dtype}, {device}, {torch.get_num_threads()} threads",
+        flush=True,
+    )
     return Bench(Engine(copy.deepcopy(peer)), peer, runs)
 
 
@@ -154,11 +202,17 @@ def tell(
     )
 
 
-def measure_throughput(bench: Bench, concurrency: int) -> None:
+def measure_throughput(bench: Bench, concurrency: int, vllm: Vllm | None) -> None:
     jobs = draw_jobs(2 * concurrency, concurrency)
     bench.limit(concurrency)
-    rounds = bench.rounds(lambda: bench.answer(jobs), lambda: bench.padded(jobs, concurrency))
-    tell(f"throughput at {concurrency} unequal requests at once, to generate's", ">= 2", rounds)
+    works: list[Callable[[], Seconds | None]] = [lambda: bench.answer(jobs), lambda: bench.padded(jobs, concurrency)]
+    if vllm is not None:
+        works.append(lambda: vllm.answer(jobs, concurrency))
+    rounds = bench.rounds(*works)
+    name = f"throughput at {concurrency} unequal requests at once, to"
+    tell(f"{name} generate's", ">= 2", [each[:2] for each in rounds])
+    if vllm is not None:
+        tell(f"{name} vLLM's", ">= 0.7", [[each[0], each[2]] for each in rounds])
 
 
 def measure_single(bench: Bench) -> None:
@@ -193,6 +247,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--size", choices=SIZES, default="34m")
     parser.add_argument("--device", default="cpu", help="where torch runs both sides (default: cpu)")
+    parser.add_argument("--vllm-python", help="the Python of an environment that has vLLM, to compare with (on a CPU)")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -200,8 +255,11 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     bench = make_bench(args.size, args.dtype, args.runs, args.device)
-    measure_throughput(bench, 8)
-    measure_throughput(bench, 32)
+    vllm = Vllm(args.vllm_python, bench.peer, args.dtype, 32, args.threads) if args.vllm_python else None
+    measure_throughput(bench, 8, vllm)
+    measure_throughput(bench, 32, vllm)
+    if vllm is not None:
+        vllm.close()
     bench.limit(64)
     measure_single(bench)
     measure_samples(bench)

@@ -10,7 +10,9 @@ torch = pytest.importorskip("torch")
 
 from flagscale.errors import UserError  # noqa: E402
 from flagscale.inference.engine.attention import (  # noqa: E402
+    AttentionPlan,
     Group,
+    Lone,
     ShapeProbe,
     Span,
     make_plan,
@@ -18,7 +20,6 @@ from flagscale.inference.engine.attention import (  # noqa: E402
     plan_groups,
 )
 from flagscale.inference.engine.kv_cache import KVCache, LayerShape, plan_num_pages  # noqa: E402
-from flagscale.inference.engine.linear import BLOCK, BlockedLinear, block_head  # noqa: E402
 
 PAGE = 4
 CPU = torch.device("cpu")
@@ -110,12 +111,30 @@ def test_decoding_of_similar_lengths_is_one_call_and_of_very_different_ones_is_n
 
 def test_a_long_sequence_on_neighbouring_pages_is_read_in_place() -> None:
     cache = KVCache([LayerShape(1, 2, 2)], 40, PAGE, torch.float32, CPU)
-    plan = make_plan([Span(0, 120, 1, tuple(range(3, 34))), Span(1, 8, 1, (2, 36, 1))], cache, CPU)
+    run = tuple(range(3, 34))
+    plan = make_plan([Span(0, 120, 2, run), Span(2, 120, 1, run), Span(3, 8, 1, (2, 36, 1))], cache, CPU)
+    assert isinstance(plan, AttentionPlan)
     lone, rest = plan.groups
     assert lone.pages == slice(3, 34)
     assert isinstance(rest.pages, torch.Tensor)
     keys, _ = cache.read(0, lone.pages, 1)
     assert keys.data_ptr() == cache._keys[0][3].data_ptr()
+    assert plan.lone == (Lone(2, 3 * PAGE, 121),)
+    assert cache.by_head(0)[0][:, :, 3 * PAGE].data_ptr() == cache._keys[0][3].data_ptr()
+
+
+def test_the_lower_triangle_is_no_mask_in_memory() -> None:
+    def group(spans: tuple[Span, ...], queries: int) -> Group:
+        whole = slice(0, len(spans) * queries)
+        return Group(spans, queries, max(span.stop for span in spans), whole, None, whole, slice(1, 4))
+
+    begins = group((Span(0, 0, 5, (1, 2)), Span(5, 0, 3, (3,))), 5)
+    assert begins.is_causal(None)
+    assert begins.mask(None, torch.float32, CPU) is None
+    assert not begins.is_causal(4)
+    assert begins.mask(4, torch.float32, CPU) is not None
+    assert not group((Span(0, 4, 5, (1, 2, 3)),), 5).is_causal(None)
+    assert not group((Span(0, 0, 1, (1,)),), 1).is_causal(None)
 
 
 def test_nothing_is_masked_where_nothing_has_to_be() -> None:
@@ -179,38 +198,3 @@ def test_the_probe_notes_what_a_layer_keeps() -> None:
     out, weights = paged_attention(module, query, key, value, None, paged=probe)
     assert (out.shape, weights) == ((1, 2, 4, 6), None)
     assert probe.layers == {3: LayerShape(2, 8, 6)}
-
-
-class Headed(torch.nn.Module):
-    """As little of a model as has an output head."""
-
-    def __init__(self, head: Any) -> None:
-        super().__init__()
-        self.head = head
-
-    def get_output_embeddings(self) -> Any:
-        return self.head
-
-    def set_output_embeddings(self, head: Any) -> None:
-        self.head = head
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_blocked_layer_gives_what_the_layer_gives_with_the_same_weight(bias: bool) -> None:
-    plain_head = torch.nn.Linear(8, 2 * BLOCK + 100, bias=bias)
-    model = Headed(plain_head)
-    block_head(model)
-    assert isinstance(model.head, BlockedLinear)
-    assert model.head.weight is plain_head.weight
-    assert list(model.state_dict()) == [f"head.{name}" for name in plain_head.state_dict()]
-    rows = torch.randn(2, 3, 8)
-    with torch.inference_mode():
-        torch.testing.assert_close(model.head(rows), plain_head(rows))
-        assert model.head(rows[:, :0]).shape == (2, 0, plain_head.out_features)
-
-
-def test_a_narrow_head_and_a_head_of_another_kind_stay() -> None:
-    for head in (torch.nn.Linear(4, 2 * BLOCK), torch.nn.Identity(), None):
-        model = Headed(head)
-        block_head(model)
-        assert model.head is head

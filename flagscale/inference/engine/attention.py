@@ -178,21 +178,36 @@ def _make_mask(group: Group, window: int | None, dtype: torch.dtype, device: tor
 
 
 @dataclass(frozen=True, slots=True)
+class Lone:
+    """One token of a text that is read in place: slots [first, first + num_keys) hold its keys."""
+
+    row: int
+    first: int
+    num_keys: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """One step's attention, the same for every layer.
 
     slots: [tokens], where each token's key and value go
+    lone: neighbours in the flat list; a call for each, with as little as possible around it
     """
 
     cache: KVCache
     slots: torch.Tensor
     groups: tuple[Group, ...]
+    lone: tuple[Lone, ...] = ()
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         self.cache.write(layer, self.slots, key, value)
+        query = query.contiguous()
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+        if self.lone:
+            first = self.lone[0].row
+            out[first : first + len(self.lone)] = self._attend_lone(layer, query, key.shape[1], scale, window)
         for group in self.groups:
             keys, values = self.cache.read(layer, group.pages, len(group.spans))
             keys, values = keys[:, : group.num_keys], values[:, : group.num_keys]
@@ -201,6 +216,19 @@ class AttentionPlan:
             mixed = _attention(queries, keys, values, scale, mask, group.is_causal(window)).flatten(0, 1)
             out[group.targets] = mixed if group.kept is None else mixed[group.kept]
         return out
+
+    def _attend_lone(
+        self, layer: int, query: torch.Tensor, num_kv_heads: int, scale: float, window: int | None
+    ) -> torch.Tensor:
+        keys, values = self.cache.by_head(layer)
+        folded = query.unflatten(1, (num_kv_heads, -1))
+        mixed = []
+        for one in self.lone:
+            num_keys = one.num_keys if window is None else min(one.num_keys, window)
+            start = one.first + one.num_keys - num_keys
+            key, value = keys.narrow(2, start, num_keys), values.narrow(2, start, num_keys)
+            mixed.append(scaled_dot_product_attention(folded.narrow(0, one.row, 1), key, value, scale=scale))
+        return torch.cat(mixed).flatten(1, 2)
 
 
 def _attention(
@@ -242,7 +270,7 @@ def _reads_in_place(span: Span, costs: Costs) -> bool:
 
 
 def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> Attend:
-    """The attention of a step whose flat list is the spans one after the other."""
+    """The attention of a step whose flat list is the spans one after the other, in the order of `sort_key`."""
     size = cache.page_size
     slots: list[int] = []
     for span in spans:
@@ -255,9 +283,12 @@ def make_plan(spans: Sequence[Span], cache: KVCache, device: torch.device) -> At
         from flagscale.inference.engine.fused_attention import make_fused_plan
 
         return make_fused_plan(spans, places, cache, device)
-    planned = plan_groups(spans, cache.num_pages, size, find_costs(device))
+    costs = find_costs(device)
+    alone = {span.row: span for span in spans if span.count == 1 and _reads_in_place(span, costs)}
+    planned = plan_groups([each for each in spans if each.row not in alone], cache.num_pages, size, costs)
     groups = tuple(_make_group(members, cache, device) for members in planned)
-    return AttentionPlan(cache, places, groups)
+    lone = tuple(Lone(row, alone[row].pages[0] * size, alone[row].stop) for row in sorted(alone))
+    return AttentionPlan(cache, places, groups, lone)
 
 
 @functools.cache

@@ -96,6 +96,11 @@ class KVCache:
         """All keys and values [pages, page_size, heads, dim] of a layer, where they lie."""
         return self._keys[layer], self._values[layer]
 
+    def by_head(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as [1, heads, slots, dim]."""
+        keys, values = (each.flatten(0, 1).transpose(0, 1).unsqueeze(0) for each in self.pages_of(layer))
+        return keys, values
+
     def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages (source, destination) in every layer."""
         pairs = tuple(pairs)

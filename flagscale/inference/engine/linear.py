@@ -1,36 +1,42 @@
-"""Linear layers as the engine runs them.
+"""Linear layers as the engine runs them on a CPU: weight first.
 
-The output head is one very wide layer for few rows, the case that a CPU's matrix product is worst at: cut into blocks
-of output columns that stay in the caches, the same product takes a third of the time. The weight stays the model's own.
+A step has few rows, and that is the case that a CPU's matrix product is worst at. So the product is computed the other
+way round, weight times rows, and lies transposed: from a few rows up to some dozens that takes half to three quarters
+of the time. The weight stays the model's own, and nothing is packed or copied.
 """
 
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
-BLOCK = 1024
-"""output columns in a block; measured"""
+FEWEST_ROWS = {torch.float32: 5, torch.bfloat16: 2}
+"""rows from which on weight first is quicker; measured"""
+MOST_ROWS = 64
+"""rows up to which it is; beyond, what reads the transposed result loses more"""
 
 
-class BlockedLinear(torch.nn.Linear):  # type: ignore[misc]
-    """A linear layer computed in blocks of output columns."""
+class WeightFirstLinear(torch.nn.Linear):  # type: ignore[misc]
+    """A linear layer that computes few rows weight first; their result lies transposed in memory."""
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         flat = rows.reshape(-1, self.in_features)
-        out = flat.new_empty(len(flat), self.out_features)
-        for start in range(0, self.out_features, BLOCK):
-            block = slice(start, start + BLOCK)
-            torch.mm(flat, self.weight[block].t(), out=out[:, block])
-        if self.bias is not None:
-            out += self.bias
-        return out.unflatten(0, rows.shape[:-1])
+        if not FEWEST_ROWS.get(rows.dtype, MOST_ROWS + 1) <= len(flat) <= MOST_ROWS:
+            return linear(rows, self.weight, self.bias)
+        if self.bias is None:
+            out = torch.mm(self.weight, flat.t())
+        else:
+            out = torch.addmm(self.bias[:, None], self.weight, flat.t())
+        return out.t().unflatten(0, rows.shape[:-1])
 
 
-def block_head(model: Any) -> None:
-    """Have the model's output head computed in blocks, where it is a plain linear layer on a CPU and wide enough."""
-    head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.weight.device.type != "cpu" or head.out_features <= 2 * BLOCK:
+def put_weights_first(model: Any) -> None:
+    """Replace the plain linear layers of a model that is on a CPU."""
+    if model.device.type != "cpu":
         return
-    blocked = BlockedLinear(head.in_features, head.out_features, head.bias is not None, device="meta")
-    blocked.weight, blocked.bias = head.weight, head.bias
-    model.set_output_embeddings(blocked)
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear:
+            parent, _, own = name.rpartition(".")
+            first = WeightFirstLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            first.weight, first.bias = module.weight, module.bias
+            setattr(model.get_submodule(parent), own, first)

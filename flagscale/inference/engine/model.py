@@ -27,7 +27,7 @@ from flagscale.inference.engine.attention import (
 from flagscale.inference.engine.config import EngineConfig
 from flagscale.inference.engine.int8 import quantise_linears
 from flagscale.inference.engine.kv_cache import KVCache, LayerShape, plan_num_pages
-from flagscale.inference.engine.linear import block_head
+from flagscale.inference.engine.linear import put_weights_first
 from flagscale.inference.engine.scheduler import Chunk
 from flagscale.inference.engine.staging import stage
 
@@ -65,7 +65,7 @@ class ModelRunner:
         register()
         self.model = model.eval()
         self.model.set_attn_implementation(NAME)
-        block_head(model)
+        put_weights_first(model)
         if config.quantization == "int8":
             quantise_linears(model)
         self.text_config = model.config.get_text_config()
