@@ -46,6 +46,15 @@ def test_the_error_is_bounded_by_the_scales(rows: int, inputs: int, outputs: int
     assert bool((kept - linear.weight).abs().le(layer.weight_scale[:, None] * 0.5001).all())
 
 
+def test_a_layer_of_one_input_is_right_too() -> None:
+    linear = torch.nn.Linear(1, 3, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0], [-2.0], [4.0]]))
+        torch.testing.assert_close(
+            Int8Linear(linear)(torch.tensor([[3.0], [-1.0]])), linear(torch.tensor([[3.0], [-1.0]]))
+        )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_near_and_the_model_is_smaller(family: str) -> None:
     model = make_model(family, initializer_range=0.1)
@@ -57,7 +66,7 @@ def test_answers_are_near_and_the_model_is_smaller(family: str) -> None:
     small = [each for each in engine.model.modules() if isinstance(each, Int8Linear)]
     saved = sum(3 * each.weight.nbytes - each.weight_scale.nbytes for each in small)
     assert num_bytes(engine.model) == before - saved < before
-    assert type(engine.model.get_output_embeddings()) is torch.nn.Linear
+    assert isinstance(engine.model.get_output_embeddings(), torch.nn.Linear)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mixtral", "deepseek_v3"])

@@ -38,10 +38,18 @@ class Int8Linear(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         tokens, scales = quantise(rows.reshape(-1, self.in_features))
-        out = torch._int_mm(tokens, self.weight.t()).float().mul_(scales).mul_(self.weight_scale)
+        out = _multiply(tokens, self.weight).float().mul_(scales).mul_(self.weight_scale)
         if self.bias is not None:
             out += self.bias
         return out.to(rows.dtype).unflatten(0, rows.shape[:-1])
+
+
+def _multiply(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The int32 product of int8 [tokens, inputs] and [outputs, inputs]."""
+    if weight.shape[1] == 1:
+        # torch 2.13 gets this one wrong on a CPU with VNNI.
+        return tokens.int() * weight.int().t()
+    return torch._int_mm(tokens, weight.t())
 
 
 def quantise_linears(model: Any) -> None:
