@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_nothing_half_written(small_disk: Path) -> None:
 def test_a_job_that_fills_the_disk_is_still_told_of(small_disk: Path) -> None:
     run = submit(plan_program(small_disk / "exp", "bash", "-c", "yes | head -c 10000000 > fill; exit 9"))
     assert wait_job(run) == 9
-    assert query_run(run).reason == "main ended with exit code 9"
+    assert query_run(run).reason == f"main ended with exit code 9; the disk of {run.folder} is full"
     assert list_left(run) == []
 
 

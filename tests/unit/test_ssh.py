@@ -142,7 +142,7 @@ def send_errand(**request: Any) -> dict[str, Any]:
     boot = errands.BOOT.format(module="errands")
     done = subprocess.run([sys.executable, "-I", "-c", boot], input=text, capture_output=True, cwd="/")
     assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(done.stdout.decode().removeprefix(errands.ANSWER))
     return answer
 
 

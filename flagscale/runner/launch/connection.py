@@ -77,7 +77,7 @@ class PipeDialog:
         self, words: Sequence[str], route: str, env: Mapping[str, str] | None = None, failed: int | None = None
     ) -> None:
         self.route, self.failed = route, failed
-        self.said = bytearray()
+        self.rest, self.said = b"", bytearray()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 it is closed with the dialog
         pipe = subprocess.PIPE
         try:
@@ -94,17 +94,17 @@ class PipeDialog:
 
     def ask(self, text: bytes, limit_s: float) -> bytes:
         deadline = time.monotonic() + limit_s
-        rest = text
+        self.rest += text  # what a line was answered before is still to be sent
         while (end := self.said.find(b"\n")) < 0:
             poll = select.poll()
             poll.register(self.output, select.POLLIN)
-            if rest:
+            if self.rest:
                 poll.register(self.input, select.POLLOUT)
             ready = dict(poll.poll(1000 * max(0.0, deadline - time.monotonic())))
             if not ready:
                 raise LinkError(describe_break(f"no answer within {limit_s:g} s", self.route))
             if self.input.fileno() in ready:
-                rest = self._send(rest)
+                self._send()
             if self.output.fileno() in ready:
                 chunk = self.output.read(1 << 16)
                 if not chunk:
@@ -114,11 +114,11 @@ class PipeDialog:
         del self.said[: end + 1]
         return line
 
-    def _send(self, rest: bytes) -> bytes:
+    def _send(self) -> None:
         try:
-            return rest[self.input.write(rest) or 0 :]
+            self.rest = self.rest[self.input.write(self.rest) or 0 :]
         except BrokenPipeError:
-            return b""  # why it has ended is known when its output ends
+            self.rest = b""  # why it has ended is known when its output ends
 
     def _explain_end(self) -> Exception:
         code = self._wait()
