@@ -278,6 +278,28 @@ def test_of_two_hosts_that_failed_the_cause_is_named(tmp_path: Path) -> None:
         check_alive(run, reach.load_true_records(run), False)
 
 
+def test_a_host_whose_watchers_were_killed_is_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(_self: reach.Links, _errand: str, requests: dict[str, Any], _limit_s: float = 1) -> dict[str, reach.Reply]:
+        return dict.fromkeys(requests, reach.Reply({"is_watched": False, "num_left": 0}))
+
+    monkeypatch.setattr(reach.Links, "call", call)
+    monkeypatch.setattr(
+        reach.Links, "run_all", lambda _self, commands, _limit_s: dict.fromkeys(commands, reach.Reply({}))
+    )
+    away = agent_started(True, "elsewhere")
+    run = write_run(
+        make_plan(tmp_path, *TWO),
+        {
+            "host_0_a": [away, died(0, exit_code=1), *ended("failed", "rank 0 ended with exit code 1", 200.0)],
+            "host_1_b": [away],
+        },
+    )
+    state = query_run(run)
+    assert [host.state for host in state.hosts] == ["failed", "lost"]
+    assert state.state == "lost"
+    assert (state.reason or "").startswith("host_1_b: ")
+
+
 def record_of(base: Path, label: str, events: list[dict[str, Any]]) -> HostRecord:
     return HostRecord(make_spec(base, label), tuple({"time": 1.0, **event} for event in events), False, False, None)
 
@@ -293,6 +315,9 @@ def record_of(base: Path, label: str, events: list[dict[str, Any]]) -> HostRecor
             [died(1, signal="SIGABRT"), *ended("failed", "y", 1.0)],
         ),
         (ended("failed", "x", 1.0), [died(1, signal="SIGKILL"), *ended("failed", "y", 60.0)]),
+        (ended("lost", "x", 9.0), ended("failed", "y", 1.0)),
+        (ended("failed", "x", 1.0), ended("lost", "y", 60.0)),
+        ([agent_started(True, "elsewhere")], [died(1, exit_code=1), *ended("failed", "y", 1.0)]),
         (ended("succeeded", "x", 1.0), []),
     ],
 )

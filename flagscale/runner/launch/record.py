@@ -121,6 +121,12 @@ class HostRecord:
     def is_alive(self) -> bool:
         return self.is_watched and not self.has_ended
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether agent and guard were killed at one stroke: nobody was left to say how the job ended."""
+        is_silent = self.answer is not None and self.answer.unreachable is not None
+        return self.find("agent_started") is not None and not (self.has_ended or self.is_watched or is_silent)
+
     def is_process_alive(self, event: Event) -> bool:
         """Whether the process of a `*_started` event lives; as the host's watchers do, if it cannot be asked."""
         if not self.is_here:
@@ -196,7 +202,8 @@ def _on(record: HostRecord, path: str) -> str:
     return path if record.mirror is None else f"{path} on {record.label}"
 
 
-_OUTCOMES = ("failed", "lost", "stopped", "succeeded")
+_BAD = ("failed", "lost")
+_OUTCOMES = (_BAD, ("stopped",), ("succeeded",))
 _CAUSES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
 CLOSE_S = 10.0
 """Failures so near to each other are of one cause."""
@@ -205,21 +212,22 @@ CLOSE_S = 10.0
 def order_by_cause(records: Iterable[HostRecord]) -> list[HostRecord]:
     """The host first that most likely brought the others down.
 
-    When a rank dies, those of other hosts fail a moment later by a broken connection, and their hosts may be quicker to
-    say so. So among failures near to each other a death by the kernel's hand goes before an exception or an abort,
-    and then the earlier goes before the later.
+    When a rank dies, or the watchers of a host, ranks of other hosts fail a moment later by a broken connection, and
+    their hosts may be quicker to say so. So among failures near to each other a death by the kernel's hand goes before
+    an exception or an abort, and then the earlier goes before the later. A host whose watchers all died says nothing.
     """
     listed = list(records)
-    times = [end["time"] for record in listed if (end := record.find("job_ended")) and end["outcome"] == "failed"]
+    times = [end["time"] for record in listed if (end := record.find("job_ended")) and end["outcome"] in _BAD]
     earliest = min(times, default=0.0)
 
     def weigh(record: HostRecord) -> tuple[int, int, float]:
         end = record.find("job_ended")
         if end is None:
-            return len(_OUTCOMES), 0, 0.0
+            return (0, 0, 0.0) if record.is_lost else (len(_OUTCOMES), 0, 0.0)
         said = record.find("stopping") or end
         deaths = {event["signal"] for event in record.all("rank_exited") if event.get("first")}
-        is_cause = end["time"] - earliest < CLOSE_S and bool(deaths & set(_CAUSES))
-        return _OUTCOMES.index(end["outcome"]), not is_cause, said["time"]
+        was_killed = end["outcome"] == "lost" or bool(deaths & set(_CAUSES))
+        is_cause = end["time"] - earliest < CLOSE_S and was_killed
+        return next(i for i, names in enumerate(_OUTCOMES) if end["outcome"] in names), not is_cause, said["time"]
 
     return sorted(listed, key=weigh)

@@ -31,6 +31,7 @@ State = Literal[
 RankStateName = Literal["waiting", "starting", "up", "exited", "failed", "ended", "gone"]
 
 ENDED: tuple[State, ...] = ("succeeded", "failed", "stopped", "lost", "never_started")
+BAD: tuple[State, ...] = ("failed", "lost")
 _WORST_FIRST: tuple[State, ...] = ("failed", "lost", "stopped", "never_started", "succeeded")
 _BUSIEST_FIRST: tuple[State, ...] = ("unreachable", "stopping", "pending", "starting", "running")
 
@@ -103,11 +104,14 @@ def query_run(run: RunRef) -> RunState:
     hosts = tuple(_judge_host(record) for record in records)
     if queue := find_queue(run):
         hosts = tuple(judge_queued(host, queue, run) for host in hosts)
-    state = _judge_run(hosts)
     order = [record.label for record in order_by_cause(records)]
-    worst = min((host for host in hosts if host.state == state), key=lambda host: order.index(host.label))
+    hosts_by_cause = sorted(hosts, key=lambda host: order.index(host.label))
+    bad = [host for host in hosts_by_cause if host.state in BAD]
+    state = _judge_run(hosts)
+    if state in BAD:  # the worst of all, or the cause of it
+        state = bad[0].state
+    worst = next(host for host in hosts_by_cause if host.state == state)
     failed = [host.label for host in hosts if host.state == "failed"]
-    bad = sorted((host for host in hosts if host.state in ("failed", "lost")), key=lambda host: order.index(host.label))
     told = worst if worst.reason or not bad else bad[0]  # a run whose other hosts still work
     queued = {host.label for host in hosts if host.state == "pending"}
     ranks = (
