@@ -225,7 +225,8 @@ def report(request: dict[str, Any]) -> dict[str, Any]:
     events = load_events(path)
     is_watched = any(procs.is_same_alive(*pair) for pair in _list_watchers(events))
     if not is_watched:
-        events = load_events(path)  # watchers may have written their last words and left meanwhile
+        events = load_events(path)  # watchers may have come, or written their last words and left, meanwhile
+        is_watched = any(procs.is_same_alive(*pair) for pair in _list_watchers(events))
     started, ended = (_find_last(events, kind) for kind in ("agent_started", "job_ended"))
     tails = {request["output"]: read_tail(Path(request["output"]), started.get("output_start", 0), None, TAIL_BYTES)}
     source = ended.get("source")
