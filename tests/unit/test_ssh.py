@@ -278,6 +278,18 @@ def test_of_two_hosts_that_failed_the_cause_is_named(tmp_path: Path) -> None:
         check_alive(run, reach.load_true_records(run), False)
 
 
+def test_a_rank_of_a_host_that_was_stopped_is_no_first_failure(tmp_path: Path) -> None:
+    away = agent_started(True, "elsewhere")
+    run = write_run(
+        make_plan(tmp_path, *TWO),
+        {
+            "host_0_a": [away, died(0, exit_code=1), *ended("stopped", "another host failed", 201.0)],
+            "host_1_b": [away, died(1, signal="SIGKILL"), *ended("failed", "rank 1 died of SIGKILL", 200.0)],
+        },
+    )
+    assert [rank.is_first_failure for rank in query_run(run).ranks] == [False, True]
+
+
 def test_a_host_whose_watchers_were_killed_is_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(_self: reach.Links, _errand: str, requests: dict[str, Any], _limit_s: float = 1) -> dict[str, reach.Reply]:
         return dict.fromkeys(requests, reach.Reply({"is_watched": False, "num_left": 0}))

@@ -111,11 +111,10 @@ def query_run(run: RunRef) -> RunState:
     if state in BAD:  # the worst of all, or the cause of it
         state = bad[0].state
     worst = next(host for host in hosts_by_cause if host.state == state)
-    failed = [host.label for host in hosts if host.state == "failed"]
     told = worst if worst.reason or not bad else bad[0]  # a run whose other hosts still work
     queued = {host.label for host in hosts if host.state == "pending"}
     ranks = (
-        rank if len(failed) < 2 or rank.host == worst.label else replace(rank, is_first_failure=False)
+        rank if not bad or rank.host == bad[0].label else replace(rank, is_first_failure=False)
         for record in records
         for rank in _judge_ranks(record, record.label in queued)
     )
