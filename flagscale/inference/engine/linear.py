@@ -20,14 +20,13 @@ class WeightFirstLinear(torch.nn.Linear):  # type: ignore[misc]
     """A linear layer that computes few rows weight first; their result lies transposed in memory."""
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        flat = rows.reshape(-1, self.in_features)
-        if not FEWEST_ROWS.get(rows.dtype, MOST_ROWS + 1) <= len(flat) <= MOST_ROWS:
-            return linear(rows, self.weight, self.bias)
-        if self.bias is None:
-            out = torch.mm(self.weight, flat.t())
-        else:
-            out = torch.addmm(self.bias[:, None], self.weight, flat.t())
-        return out.t().unflatten(0, rows.shape[:-1])
+        weight, bias = self.weight, self.bias
+        num_rows = rows.numel() // rows.shape[-1]
+        if not FEWEST_ROWS.get(rows.dtype, MOST_ROWS + 1) <= num_rows <= MOST_ROWS:
+            return linear(rows, weight, bias)
+        flat = rows.reshape(num_rows, -1).t()
+        out = torch.mm(weight, flat) if bias is None else torch.addmm(bias[:, None], weight, flat)
+        return out.t().view(*rows.shape[:-1], -1)
 
 
 def put_weights_first(model: Any) -> None:
