@@ -44,11 +44,13 @@ def start_service(
     from flagscale.runner.plan.service import decode_service
     from flagscale.serve.preflight import check_service
     from flagscale.serve.stopping import stop_service
-    from flagscale.serve.waiting import NotStartedError, Waiting, wait_until_ready
 
     service = decode_service(job.service or {})
     refuse_running(service)
     check_service(service, os.environ)
+    # after the check, which names all that is missing at once
+    from flagscale.serve.waiting import NotStartedError, Waiting, wait_until_ready
+
     run = submit_job(job, config=dict(values), command=list(command), env=dict(os.environ), grace_s=CONTROLLER_GRACE_S)
     with catch_interrupts(run, stops_job=False) as interrupts:
         if record is not None:

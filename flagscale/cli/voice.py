@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,12 @@ def guard(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        extra = _find_extra(error.name or "")
+        if extra is None:
+            raise
+        complain(f"this needs the package {error.name}, which is not installed: `pip install 'flagscale[{extra}]'`")
+        return 2
     except BrokenPipeError:
         # whoever read our output has left: nothing more can be said on stdout, at exit neither
         _discard_output()
@@ -32,6 +39,18 @@ def guard(work: Callable[[], int]) -> int:
         _discard_output()
         complain(f"cannot write{f' {error.filename}' if error.filename else ' the output'}: {error.strerror}")
         return 1
+
+
+def _find_extra(module: str) -> str | None:
+    """The optional part of this toolkit (`[project.optional-dependencies]`) whose package a module is."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    name = module.partition(".")[0].replace("_", "[-_]")
+    try:
+        found = [re.match(rf"{name}\b(?![-_.]).*extra == ['\"]([\w-]+)", each) for each in requires("flagscale") or ()]
+    except PackageNotFoundError:
+        return None
+    return next((match[1] for match in found if match), None)
 
 
 def _discard_output() -> None:

@@ -101,6 +101,29 @@ def test_a_full_disk_is_a_message() -> None:
     assert done.stderr == b"error: cannot write the output: No space left on device\n"
 
 
+@pytest.mark.parametrize(("module", "extra"), [("prometheus_client", "serve"), ("ray.serve", "ray")])
+def test_a_package_of_an_optional_part_is_named_with_the_part(
+    module: str, extra: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> int:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    assert guard(work) == 2
+    told = capsys.readouterr().err
+    assert (
+        told == f"error: this needs the package {module}, which is not installed: `pip install 'flagscale[{extra}]'`\n"
+    )
+
+
+@pytest.mark.parametrize("module", ["flagscale.nonsense", "pydantic", "prometheus"])
+def test_another_missing_module_is_a_defect(module: str) -> None:
+    def work() -> int:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    with pytest.raises(ModuleNotFoundError):
+        guard(work)
+
+
 def test_the_module_runs_as_a_program() -> None:
     done = run_python("-c", "import sys; from flagscale.cli import main; sys.exit(main(['nonsense']))")
     assert done.returncode == 2
