@@ -137,7 +137,11 @@ def test_the_seat_of_a_lost_host_is_taken_elsewhere_until_the_host_is_back(
         return {row["name"]: (row["state"], row["hosts"]) for row in status_of(bench)["replicas"]}
 
     assert replicas() == {"m-0": ("ready", ["h1"]), "m-1": ("ready", ["h2"])}
+    answered = [ask(bench, f"http://127.0.0.1:{PORT}") for _ in range(4)]
     bench.hosts.cut("h2")
+    # over a connection that is open already no error comes: who waits at the lost host is answered elsewhere
+    answered += [ask(bench, f"http://127.0.0.1:{PORT}") for _ in range(4)]
+    assert all('"w0 w1 w2"' in each for each in answered)
     moved = {"m-0": ("ready", ["h1"]), "m-1": ("lost", ["h2"]), "m-2": ("ready", ["h1"])}
     wait_for(lambda: replicas() == moved, 120)
     assert status_of(bench)["state"] == "ready"

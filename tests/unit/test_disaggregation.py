@@ -46,8 +46,8 @@ def with_connector(connector: Any, **more: Any) -> dict[str, Any]:
     return serve_model(engine_args={"model": "/models/m", "kv_transfer_config": connector, **more})
 
 
-def test_p2p_is_the_default_and_each_half_has_its_role_and_its_port() -> None:
-    prefill, decode = service_of(prefill_num=1, decode_num=2).models
+def test_each_half_of_p2p_has_its_role_and_its_port() -> None:
+    prefill, decode = service_of(prefill_num=1, decode_num=2, prefill_decode_connector="P2pNcclConnector").models
     assert (prefill.name, prefill.role, prefill.handover) == ("vllm_model-prefill", "prefill", "p2p")
     assert (decode.name, decode.role, decode.scaling.initial) == ("vllm_model-decode", "decode", 2)
     assert prefill.served_name == decode.served_name == "/models/m"
@@ -60,15 +60,17 @@ def test_p2p_is_the_default_and_each_half_has_its_role_and_its_port() -> None:
 
 def test_a_users_own_words_of_p2p_stay_and_its_port_and_role_are_ours() -> None:
     extra = {"kv_connector_extra_config": {"send_type": "PUT"}}
-    given = {"kv_buffer_size": "1e10", "kv_port": 7, "kv_role": "kv_both", **extra}
+    given = {"kv_connector": "P2pNcclConnector", "kv_buffer_size": "1e10", "kv_port": 7, "kv_role": "kv_both", **extra}
     _, decode = service_of(with_connector(given)).models
     told = ', "kv_connector_extra_config": {"send_type": "PUT"}'
     assert argv_of(decode)[7:9] == p2p_words("kv_consumer", "1e10", told)
 
 
-@pytest.mark.parametrize("by", ["key", "engine_args", "text"])
-def test_nixl_is_chosen_by_either_key(by: str) -> None:
-    if by == "key":
+@pytest.mark.parametrize("by", ["default", "key", "engine_args", "text"])
+def test_nixl_is_the_default_and_is_chosen_by_either_key(by: str) -> None:
+    if by == "default":
+        service = service_of()
+    elif by == "key":
         service = service_of(prefill_decode_connector="NixlConnector")
     else:
         config = {"kv_connector": "NixlConnector"}
@@ -113,7 +115,8 @@ def test_halves_have_chips_of_their_own_and_room_for_an_update() -> None:
 def test_each_half_goes_where_it_is_told(tmp_path: Path) -> None:
     listed = (Host("10.0.0.1", 4, "gpu"), Host("10.0.0.2", 4, "gpu"), Host("10.0.0.3", 4, "gpu"))
     runner = {"hostfile": str(write_hostfile(tmp_path, listed)), "nproc_per_node": None}
-    service = service_of(None, tmp_path, runner, decode_num=3, prefill_address="10.0.0.2", decode_address="10.0.0.3")
+    where = {"prefill_address": "10.0.0.2", "decode_address": "10.0.0.3"}
+    service = service_of(None, tmp_path, runner, decode_num=3, prefill_decode_connector="P2pNcclConnector", **where)
     prefill, decode = service.models
     assert {seat.job.hosts[0].host.name for seat in prefill.seats} == {"10.0.0.2"}
     assert {seat.job.hosts[0].host.name for seat in decode.seats} == {"10.0.0.3"}

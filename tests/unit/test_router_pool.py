@@ -102,6 +102,40 @@ def test_one_failure_calls_for_a_probe_at_once_and_the_probe_decides() -> None:
     run(work())
 
 
+LOST = ProbeResult(False, 0, "no route to host", is_reached=False)
+
+
+@pytest.mark.parametrize(
+    ("found", "is_other_ready", "is_cut"),
+    [
+        (LOST, True, True),
+        (LOST, False, False),
+        (ProbeResult(False, 30, "no token within 30 s", has_timed_out=True), True, False),
+        (ProbeResult(False, 1, "503 of /v1/completions"), True, False),
+    ],
+)
+def test_who_waits_at_a_lost_replica_goes_elsewhere_if_there_is_one(
+    found: ProbeResult, is_other_ready: bool, is_cut: bool
+) -> None:
+    async def work() -> None:
+        pool, probes = made("a", "b", probe_interval_s=3600)
+        if not is_other_ready:
+            probes.results["b"] = ProbeResult(False, 0, "still loading")
+        pool.start()
+        await until(lambda: pool.states()[0].is_ready and pool.states()[1].is_ready is is_other_ready)
+        leases = [lease for _ in range(6) if (lease := pool.find_lease("m", None)) is not None]
+        waiting, answered, *_ = (lease for lease in leases if lease.replica.id == "a")
+        answered.answered(0.1)
+        probes.results["a"] = found
+        waiting.failed("no route to host")
+        await until(lambda: phase(pool)() == "failing")
+        assert (waiting.is_cut, answered.is_cut) == (is_cut, False)
+        assert not any(lease.is_cut for lease in leases if lease.replica.id == "b")
+        await pool.close()
+
+    run(work())
+
+
 def test_a_busy_replica_is_not_taken_for_a_dead_one() -> None:
     """Its probe is late, but bytes of other answers came in the meantime."""
 

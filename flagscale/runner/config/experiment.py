@@ -148,7 +148,7 @@ class Deploy(Section):
     prefill_decode_strategy: Literal["slo", "robin", "random"] = "slo"
     """which pair takes a request: the one with the fewest tokens in flight, with the fewest requests, any"""
     prefill_decode_connector: str | None = None
-    """what hands the cache over in vLLM; default what `engine_args.kv_transfer_config` names, else P2pNcclConnector"""
+    """what hands the cache over in vLLM; default what `engine_args.kv_transfer_config` names, else NixlConnector"""
     prefill_decode_log_dir: str | None = None
     """where `prefill_<i>/` and `decode_<i>/` have the replicas' logs; default with each replica's other files"""
     decode_gpu_memory_utilization: float = Field(default=0.7, gt=0, le=1)

@@ -4,8 +4,9 @@ What is planned here is what differs between the pools: how many there are and w
 is told its role and how its cache is handed over. The router pairs the replicas (`serve/router/handover.py`), so no
 engine needs to know where a proxy is: vLLM's own registration of instances (`proxy_ip`, `proxy_port`) stays off.
 
-P2pNcclConnector is FlagScale's and therefore the default. It works with vLLM 0.11; 0.16 gives a request another id in
-each half, which later releases can be told not to do, and 0.32 does not have it any more.
+NixlConnector is the default: the pinned vLLM has it, and 0.11 has it too. FlagScale's is P2pNcclConnector, which works
+with vLLM 0.11; 0.16 gives a request another id in each half, which later releases can be told not to do, and 0.32 does
+not have it any more.
 
 Sources: `KVTransferConfig` and the connectors of vLLM 0.11, 0.16 and 0.32; `--disaggregation-*` of SGLang 0.5.23.
 """
@@ -29,7 +30,7 @@ from flagscale.runner.plan.replica import Special
 from flagscale.runner.plan.scaling import Scaling
 from flagscale.serve.router.settings import Handover, Role
 
-DEFAULT_CONNECTOR = "P2pNcclConnector"
+DEFAULT_CONNECTOR = "NixlConnector"
 CONNECTORS: Mapping[str, Handover] = {
     "P2pNcclConnector": "p2p",
     "NixlConnector": "nixl",

@@ -114,9 +114,11 @@ class Lease:
     on_cut: Callable[[], None] | None = None
     """called when the request has to end now, because its replica leaves"""
     is_cut: bool = False
+    has_answered: bool = False
 
     def answered(self, first_byte_s: float) -> None:
         """The first byte of an answer that is no server error came after this many seconds."""
+        self.has_answered = True
         member = self._member
         member.breaker.succeed()
         if member.breaker.state == "closed":
@@ -356,10 +358,17 @@ class Pool:
             self._hold.wake(member.replica.model)
         if member.phase != before:
             log.info("replica %s is %s%s", member.replica.id, member.phase, f": {member.reason}" * bool(member.reason))
+        if not result.is_reached and self._find_ready(member.replica.model, frozenset()):
+            self._move(member)
         limit_s = self.settings.registered_timeout_s
         if member.replica.is_registered and member.failing_since is not None and now - member.failing_since >= limit_s:
             log.warning("replica %s is removed: it failed every probe for %g s", member.replica.id, limit_s)
             self.remove(member.replica.id)
+
+    def _move(self, member: _Member) -> None:
+        """Send requests elsewhere that wait for a first byte here: of a host that is lost, not even an error comes."""
+        for lease in [each for each in member.leases if not each.has_answered]:
+            lease.cut()
 
     def _get(self, replica_id: str) -> _Member:
         if member := self._members.get(replica_id):

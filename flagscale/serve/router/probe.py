@@ -29,12 +29,16 @@ _REASON_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Whether a server answered for a model, after how many seconds, and if not, why."""
+    """Whether a server answered for a model, after how many seconds, and if not, why.
+
+    is_reached: there was a connection
+    """
 
     is_ok: bool
     seconds: float
     reason: str = ""
     has_timed_out: bool = False
+    is_reached: bool = True
 
 
 async def probe_completion(
@@ -72,17 +76,17 @@ async def _probe(
     started = time.monotonic()
     headers = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s)
-    reason, has_timed_out = "", False
+    reason, has_timed_out, is_reached = "", False, True
     try:
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
             reason = await ask(session)
     except aiohttp.ConnectionTimeoutError:
-        reason = f"no connection within {connect_timeout_s:g} s"
+        reason, is_reached = f"no connection within {connect_timeout_s:g} s", False
     except TimeoutError:
         reason, has_timed_out = f"no token within {timeout_s:g} s", True
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        reason = describe(error)
-    return ProbeResult(not reason, time.monotonic() - started, reason, has_timed_out)
+        reason, is_reached = describe(error), not isinstance(error, aiohttp.ClientConnectorError)
+    return ProbeResult(not reason, time.monotonic() - started, reason, has_timed_out, is_reached)
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, fields: Mapping[str, object]) -> str:

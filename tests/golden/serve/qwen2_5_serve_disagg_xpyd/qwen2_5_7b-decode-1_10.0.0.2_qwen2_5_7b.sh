@@ -4,8 +4,8 @@ cd -- /flagscale || exit 1
 mkdir -p -- /home/user/outputs/qwen2_5_7b_disagg_xpyd/serve/qwen2_5_7b-decode-1/serve_logs || exit 1
 mkdir -p -- /home/user/outputs/qwen2_5_7b_disagg_xpyd/serve/qwen2_5_7b-decode-1/serve_logs/pids || exit 1
 mkdir -p -- /home/user/outputs/qwen2_5_7b_disagg_xpyd/serve/qwen2_5_7b-decode-1/serve_logs/details || exit 1
-export VLLM_HOST_IP=10.0.0.2
-export VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1
+export VLLM_NIXL_SIDE_CHANNEL_HOST=10.0.0.2
+export VLLM_NIXL_SIDE_CHANNEL_PORT='<next_port: chosen at launch>'
 export PYTHONUNBUFFERED=1
 export FLAGSCALE_CHIP=NVIDIA
 export CUDA_DEVICE_MAX_CONNECTIONS=1
@@ -14,8 +14,8 @@ export PYTHONPATH=/flagscale${PYTHONPATH:+:$PYTHONPATH}
 exec vllm serve Qwen/Qwen2.5-7B-Instruct \
   --host 0.0.0.0 \
   --port '<master_port: chosen at launch>' \
-  --kv-transfer-config '{"kv_connector": "P2pNcclConnector", "kv_role": "kv_consumer", "kv_port": "<next_port: chosen at launch>", "kv_buffer_size": "8e9"}' \
   --served-model-name qwen2.5-7b \
   --max-model-len 16384 \
   --max-num-seqs 256 \
-  --gpu-memory-utilization 0.7
+  --gpu-memory-utilization 0.9 \
+  --kv-transfer-config '{"kv_role": "kv_both", "kv_connector": "NixlConnector"}'
