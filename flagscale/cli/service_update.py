@@ -49,14 +49,14 @@ def update_service(run: "RunRef", yaml: Sequence[str], change: Callable[["Compos
     check_models(service)
     body = {"service": encode_service(limit_seats(service)), "config": dict(job.config.values)}
     version = ask_controller(run.exp_dir, "/update", body)["version"]
-    print(f"service {status['name']}: version {status['version']} becomes {version}", file=sys.stderr, flush=True)
+    becomes = f"becomes {version}" if version != status["version"] else "stays, and the number of replicas changes"
+    print(f"service {status['name']}: version {status['version']} {becomes}", file=sys.stderr, flush=True)
     with catch_interrupts(run, stops_job=False) as interrupts, show_progress() as show:
         while not interrupts.num:
             status = ask_controller(run.exp_dir, "/status")
             if status["update"]["state"] == "failed":
                 raise LaunchError(
-                    f"version {version} did not start, version {status['version']} serves on: "
-                    f"{status['update']['message']}"
+                    f"what is new did not start, version {status['version']} serves on: {status['update']['message']}"
                 )
             if status["update"]["state"] == "done":
                 print(f"service {status['name']}: version {version} serves")

@@ -36,6 +36,7 @@ from flagscale.serve.router.server import RouterServer, listen
 from flagscale.serve.router.settings import RouterSettings
 from flagscale.serve.scaling import Scaler
 from flagscale.serve.terms import count_threads, limit_seats, make_settings
+from flagscale.serve.update import Update, is_resize
 
 Phase = Literal["starting", "ready", "degraded", "failed", "updating", "stopping"]
 SCALE_EVERY_S = 0.5
@@ -45,15 +46,6 @@ FIRST_VERSION = 1
 def tell(line: str) -> None:
     """To the controller's output, which is the service's log."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-
-
-@dataclass(slots=True)
-class Update:
-    """The last update that was asked for."""
-
-    version: int
-    state: Literal["running", "done", "failed"] = "running"
-    message: str = ""
 
 
 @dataclass(slots=True)
@@ -192,34 +184,62 @@ class Controller:
                 raise UserError(
                     f"an update cannot change `{name}` ({old} to {new}); stop the service and start it anew"
                 )
-        self.update = Update(self.version + 1)
-        self.updating = asyncio.create_task(self._update(service, config, self.update))
+        origin = replace(self.origin, config=config, num_threads=count_threads(service))
+        staying = [post for it in service.models for post in self.fleet.list_posts(it.name)[: self._count_wanted(it)]]
+        is_same = is_resize(self.service, service, staying, self.origin.num_threads, origin.num_threads)
+        self.update = Update(self.version if is_same else self.version + 1)
+        self.updating = asyncio.create_task(self._update(service, origin, self.update))
         return self.update
 
-    async def _update(self, service: ServicePlan, config: Mapping[str, Any], update: Update) -> None:
+    async def _update(self, service: ServicePlan, origin: Origin, update: Update) -> None:
         version = update.version
-        tell(f"update to version {version} begins")
+        before = list(self.fleet.posts)
+        told = f"update to version {version}" if version != self.version else "another number of replicas"
+        tell(f"{told}: begins")
+        self.fleet.origin = origin
         try:
-            for served_name in dict.fromkeys(model.served_name for model in service.models):
-                pools = [model for model in service.models if model.served_name == served_name]
-                for number in range(max(map(self._count_wanted, pools))):
-                    await self._replace([pool for pool in pools if number < self._count_wanted(pool)], version)
+            if version == self.version:
+                await self._grow(service, version)
+            else:
+                await self._replace_all(service, version)
         except FlagScaleError as error:
             update.state, update.message = "failed", str(error)
-            tell(f"update to version {version} failed: {error}; version {self.version} stays")
-            for post in [post for post in self.fleet.posts if post.version == version and post.is_filled]:
+            tell(f"{told}: failed: {error}; version {self.version} stays")
+            for post in [post for post in self.fleet.posts if post not in before and post.is_filled]:
                 await self.fleet.retire(post, self.settings.drain_timeout_s)
+            self.fleet.origin = self.origin
             self.fit_all()
             return
-        self.service, self.version = service, version
+        self.service, self.version, self.origin = service, version, origin
         self.pool.expect(model.served_name for model in service.models)
-        self.origin = self.fleet.origin = replace(self.origin, config=config)
         gone = [post for post in self.fleet.posts if post.version != version and post.is_filled]
         await asyncio.gather(*(self.fleet.retire(post, self.settings.drain_timeout_s) for post in gone))
         self.scalers = {model.name: Scaler(model.scaling, self._count_wanted(model)) for model in service.models}
         self.fit_all()
+        await asyncio.gather(*self.retiring)
         update.state, update.message = "done", f"version {version} serves"
-        tell(f"update to version {version} is done")
+        tell(f"{told}: is done")
+
+    async def _grow(self, service: ServicePlan, version: int) -> None:
+        """Start what is wanted of a version beyond the replicas that it has, all of it at once."""
+        begun = []
+        for model in service.models:
+            for _ in range(self._count_wanted(model) - len(self.fleet.list_posts(model.name))):
+                begun.append(self._fill_free(model, version))
+        for post in begun:
+            await self.fleet.wait_ready(post)
+
+    def _fill_free(self, model: ModelPlan, version: int) -> Post:
+        seat = self.fleet.find_seat(model)
+        if seat is None:
+            raise UserError(f"{model.name}: there are no free chips for a new replica")
+        return self.fleet.fill(model, seat, version)
+
+    async def _replace_all(self, service: ServicePlan, version: int) -> None:
+        for served_name in dict.fromkeys(model.served_name for model in service.models):
+            pools = [model for model in service.models if model.served_name == served_name]
+            for number in range(max(map(self._count_wanted, pools))):
+                await self._replace([pool for pool in pools if number < self._count_wanted(pool)], version)
 
     def _count_wanted(self, model: ModelPlan) -> int:
         """As many as there are, where the new version allows it."""
@@ -238,14 +258,10 @@ class Controller:
         retiring, begun = [], []
         for pool in pools:
             old = [post for post in self.fleet.list_posts(pool.name) if post.version != version]
-            seat = self.fleet.find_seat(pool)
-            if seat is None and old:
+            if self.fleet.find_seat(pool) is None and old:
                 tell(f"{pool.name}: no chips are free for a new replica, so {old[0].name} ends first")
                 await self.fleet.retire(old.pop(0), self.settings.drain_timeout_s)
-                seat = self.fleet.find_seat(pool)
-            if seat is None:
-                raise UserError(f"{pool.name}: there are no free chips for a replica of the new version")
-            begun.append(self.fleet.fill(pool, seat, version))
+            begun.append(self._fill_free(pool, version))
             retiring += old[:1]
         for post in begun:
             await self.fleet.wait_ready(post)

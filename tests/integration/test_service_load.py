@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from services import Bench, wait_for
 
+from flagscale.serve.folder import find_control
+
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
@@ -57,8 +59,39 @@ def test_an_update_under_load_loses_no_request(bench: Bench) -> None:
     assert done.returncode == 0, done.stderr
     status = bench.look()
     assert (status["version"], len(status["replicas"])) == (3, 1)
-    words = Path(f"/proc/{bench.find_pid(status['replicas'][0]['name'])}/cmdline").read_bytes().split(b"\0")
-    assert b"7" in words
+    process = Path("/proc", str(bench.find_pid(status["replicas"][0]["name"])))
+    assert b"7" in (process / "cmdline").read_bytes().split(b"\0")
+    # the only one has all cores
+    threads = f"OMP_NUM_THREADS={len(os.sched_getaffinity(0))}".encode()
+    assert threads in (process / "environ").read_bytes().split(b"\0")
+
+
+def test_only_the_number_of_replicas_changes_where_nothing_else_does(bench: Bench) -> None:
+    bench.write(resources={"num_replicas": 1}, experiment__envs={"OMP_NUM_THREADS": "1"})
+    bench.start()
+    first = bench.find_pid("m-0")
+    done = bench.serve("update", str(bench.exp_dir), "--replicas", "3")
+    assert done.returncode == 0, done.stderr + bench.read_log()
+    assert "version 1 stays, and the number of replicas changes" in done.stderr
+    assert [(row["name"], row["state"]) for row in bench.look()["replicas"]] == [
+        ("m-0", "ready"), ("m-1", "ready"), ("m-2", "ready"),
+    ]  # fmt: skip
+    # a controller that starts anew knows of it
+    control = find_control(bench.exp_dir)
+    assert control is not None
+    os.kill(control.pid, signal.SIGKILL)
+    wait_for(lambda: find_control(bench.exp_dir) not in (None, control))
+    wait_for(lambda: bench.look()["models"][0]["ready"] == 3)
+    done = bench.serve("update", str(bench.exp_dir), "--replicas", "1")
+    assert (done.returncode, done.stdout) == (0, "service demo: version 1 serves\n"), done.stderr
+    assert [row["name"] for row in bench.look()["replicas"]] == ["m-0"]
+    assert bench.find_pid("m-0") == first
+    # a model that cannot be loaded any more: what is new ends, what serves stays
+    bench.write_model("model", last_words="ValueError: broken")
+    done = bench.serve("update", str(bench.exp_dir), "--replicas", "2")
+    assert (done.returncode, "version 1 serves on" in done.stderr) == (1, True), done.stderr
+    assert bench.find_pid("m-0") == first
+    assert bench.complete() == "w0 w1 w2"
 
 
 def test_an_update_that_does_not_start_leaves_the_old_version(bench: Bench) -> None:
@@ -68,7 +101,7 @@ def test_an_update_that_does_not_start_leaves_the_old_version(bench: Bench) -> N
     with bench.load(num_callers=2) as load:
         done = bench.serve("update", "--model-path", "./broken")
         assert done.returncode == 1
-        assert "version 2 did not start, version 1 serves on" in done.stderr
+        assert "what is new did not start, version 1 serves on" in done.stderr
         assert "No available memory for the cache blocks" in done.stderr
         wait_for(lambda: bench.look()["state"] == "ready")
         before = load.num_good
