@@ -14,7 +14,7 @@ from test_ssh import RUN_ID, TWO, VALUES, make_plan, write_run
 from test_state import agent_started
 
 from flagscale.errors import RunError
-from flagscale.runner.launch import errands, folder, reach
+from flagscale.runner.launch import errands, folder, procs, reach
 from flagscale.runner.launch.files import NewFile, write_all
 from flagscale.runner.launch.folder import RunRef, load_ref, ref_of
 from flagscale.runner.launch.mirror import fetch_file, fetch_outputs, fetch_rank_files, write_at
@@ -163,6 +163,36 @@ def test_state_and_last_words_come_with_a_report(tmp_path: Path, monkeypatch: py
     path, start, end = record.find_last_part(str(there / "err"))
     assert (path.read_text(), start, end) == ("boom\n", 0, None)
     assert [record.label for record in reach.find_askable(run, reach.load_records(run))] == ["host_0_a"]
+
+
+def test_watchers_that_have_not_beaten_yet_are_seen_to_live(tmp_path: Path) -> None:
+    """The first heartbeat comes a moment after the first events."""
+    journal, beat = str(tmp_path / "e.jsonl"), str(tmp_path / "beat")
+    Path(journal).write_text(json.dumps({"time": 9.0, **agent_started(True)}) + "\n")
+    answer = errands.report({"events": journal, "offset": 0, "heartbeat": beat, "output": journal, "token": "t"})
+    assert (answer["is_watched"], answer["beat_age_s"]) == (True, None)
+    assert json.loads(answer["events"])["event"] == "agent_started"
+
+
+def test_watchers_that_come_or_go_while_their_journal_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of them and what they wrote is of one moment."""
+    journal = tmp_path / "e.jsonl"
+    rows = [agent_started(True), {"event": "job_ended", "outcome": "failed"}]
+
+    def write_next(_path: Path) -> bytes:
+        """What is read is what was there before."""
+        data = journal.read_bytes() if journal.exists() else b""
+        with journal.open("a") as file:
+            file.write("".join(json.dumps({"time": 9.0, **row}) + "\n" for row in rows[:1]))
+        del rows[:1]
+        return data
+
+    monkeypatch.setattr(errands, "read_journal", write_next)
+    monkeypatch.setattr(procs, "is_same_alive", lambda *_: False)
+    where = str(journal)
+    answer = errands.report({"events": where, "offset": 0, "heartbeat": where, "output": where, "token": "t"})
+    assert [json.loads(line)["event"] for line in answer["events"].splitlines()] == ["agent_started", "job_ended"]
+    assert not answer["is_watched"]
 
 
 class _Held:

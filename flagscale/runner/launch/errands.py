@@ -40,7 +40,14 @@ from flagscale.runner.launch.agent import describe_failed_start, start_agent
 from flagscale.runner.launch.capacity import find_disk_faults, nearest_folder, weigh_chips
 from flagscale.runner.launch.checks import check_outputs, check_programs, choose_port
 from flagscale.runner.launch.files import NewFile, Written, write_all
-from flagscale.runner.launch.journal import find_rank_files, load_events, load_spec, read_tail
+from flagscale.runner.launch.journal import (
+    find_rank_files,
+    load_events,
+    load_spec,
+    parse_events,
+    read_journal,
+    read_tail,
+)
 from flagscale.runner.launch.notice import Notice, write_notice
 from flagscale.runner.plan.job import JobPlan, decode_plan
 
@@ -221,25 +228,33 @@ def unplace(request: dict[str, Any]) -> dict[str, Any]:
 
 def report(request: dict[str, Any]) -> dict[str, Any]:
     """How this host's part of a run does, with what its journal holds beyond `offset`."""
-    path, beat = Path(request["events"]), Path(request["heartbeat"])
-    events = load_events(path)
-    is_watched = any(procs.is_same_alive(*pair) for pair in _list_watchers(events))
-    if not is_watched:
-        events = load_events(path)  # watchers may have come, or written their last words and left, meanwhile
-        is_watched = any(procs.is_same_alive(*pair) for pair in _list_watchers(events))
+    journal, is_watched = _read_watched(Path(request["events"]))
+    events = parse_events(journal)
     started, ended = (_find_last(events, kind) for kind in ("agent_started", "job_ended"))
     tails = {request["output"]: read_tail(Path(request["output"]), started.get("output_start", 0), None, TAIL_BYTES)}
     source = ended.get("source")
     if source and source not in tails:
         tails[source] = read_tail(Path(source), window=TAIL_BYTES)
     try:
-        age = max(0.0, time.time() - beat.stat().st_mtime)
-        fresh = path.read_bytes()[request["offset"] :] if path.exists() else b""
+        age = max(0.0, time.time() - Path(request["heartbeat"]).stat().st_mtime)
     except OSError:
-        age, fresh = None, b""
+        age = None
     num_left = 0 if is_watched else len(procs.find_ours(request["token"]))
-    told = {"events": fresh.decode("latin-1"), "beat_age_s": age, "tails": tails}
+    told = {"events": journal[request["offset"] :].decode("latin-1"), "beat_age_s": age, "tails": tails}
     return {"is_watched": is_watched, "num_left": num_left, **told}
+
+
+def _read_watched(path: Path) -> tuple[bytes, bool]:
+    """A journal, and whether the watchers that it names live; of those who do not, with their last words."""
+    journal = read_journal(path)
+    while True:
+        watchers = _list_watchers(parse_events(journal))
+        if any(procs.is_same_alive(*pair) for pair in watchers):
+            return journal, True
+        # they may have written and left meanwhile, or others may have come
+        journal = read_journal(path)
+        if _list_watchers(parse_events(journal)) == watchers:
+            return journal, False
 
 
 def _find_last(events: tuple[dict[str, Any], ...], kind: str) -> dict[str, Any]:

@@ -136,12 +136,19 @@ class Journal:
 
 def load_events(path: Path) -> tuple[dict[str, Any], ...]:
     """All whole events; the last line of a writer that was killed may be half a line."""
+    return parse_events(read_journal(path))
+
+
+def read_journal(path: Path) -> bytes:
     try:
-        lines = path.read_bytes().splitlines()
+        return path.read_bytes()
     except OSError:
-        return ()
+        return b""
+
+
+def parse_events(data: bytes) -> tuple[dict[str, Any], ...]:
     events: list[dict[str, Any]] = []
-    for line in lines:
+    for line in data.splitlines():
         try:
             event = json.loads(line)
         except ValueError:
