@@ -21,7 +21,7 @@ import torch
 
 from flagscale.errors import UserError, find_nearest
 from flagscale.inference.engine.adapter_files import AdapterFiles, LowRank, plan_layers, read_adapter
-from flagscale.inference.engine.attention import ShapeProbe
+from flagscale.inference.engine.attention import probe_layers
 from flagscale.inference.engine.int8 import Int8Linear
 from flagscale.inference.engine.staging import stage
 from flagscale.inference.engine.weights import Tensors
@@ -200,9 +200,7 @@ def find_linears(model: Any) -> dict[str, Any]:
 
     hooks = [each.register_forward_hook(partial(note, name)) for name, each in linears.items()]
     try:
-        ids = torch.arange(NUM_PROBE_TOKENS, device=model.device)[None]
-        with torch.inference_mode():
-            model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, paged=ShapeProbe())
+        probe_layers(model, NUM_PROBE_TOKENS)
     finally:
         for hook in hooks:
             hook.remove()

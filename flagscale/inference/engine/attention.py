@@ -113,6 +113,15 @@ class ShapeProbe:
         return _attention(q, k, v, scale, None, is_causal=True)[0]
 
 
+def probe_layers(model: Any, num_tokens: int = 2) -> dict[int, LayerShape]:
+    """What each layer that attends by `paged_attention` would keep of a token, seen in a run of one short text."""
+    probe = ShapeProbe()
+    ids = torch.arange(num_tokens, device=model.device)[None]
+    with torch.inference_mode():
+        model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, paged=probe)
+    return probe.layers
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Tokens of one sequence in a step: `rows` of the flat list, at `positions` of the sequence.

@@ -17,10 +17,10 @@ from flagscale.inference.engine.adapters import AdapterSpan, AdapterTable
 from flagscale.inference.engine.attention import (
     NAME,
     Attend,
-    ShapeProbe,
     Span,
     find_costs,
     make_plan,
+    probe_layers,
     register,
     sort_key,
 )
@@ -136,16 +136,12 @@ def _probe(model: Any) -> tuple[LayerShape, ...]:
     Raises:
         UserError: not every layer keeps keys and values through the attention interface.
     """
-    probe = ShapeProbe()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    at = torch.arange(2, device=model.device)[None]
-    with torch.inference_mode():
-        model(input_ids=ids, position_ids=at, use_cache=False, logits_to_keep=1, paged=probe)
+    layers = probe_layers(model)
     num_layers = model.config.get_text_config().num_hidden_layers
-    if sorted(probe.layers) != list(range(num_layers)):
-        seen = len(probe.layers)
+    if sorted(layers) != list(range(num_layers)):
         message = (
-            f"{type(model).__name__}: {seen} of {num_layers} layers attend through transformers' attention interface"
+            f"{type(model).__name__}: {len(layers)} of {num_layers} layers attend through transformers' attention "
+            "interface"
         )
         raise UserError(f"{message}; the engine runs models whose layers all do")
-    return tuple(probe.layers[i] for i in range(num_layers))
+    return tuple(layers[i] for i in range(num_layers))
