@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 
 from engine_models import make_model  # noqa: E402
 
+from flagscale.inference.engine import linear  # noqa: E402
 from flagscale.inference.engine.linear import FEWEST_ROWS, MOST_ROWS, WeightFirstLinear, put_weights_first  # noqa: E402
 
 
@@ -25,8 +26,12 @@ class Model(torch.nn.Module):  # type: ignore[misc]
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 33, MOST_ROWS, MOST_ROWS + 1])
-def test_any_number_of_rows_gives_what_the_plain_layer_gives(count: int, dtype: Any, bias: bool) -> None:
+@pytest.mark.parametrize("has_tiles", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 2, 6, 33, MOST_ROWS, MOST_ROWS + 1])
+def test_any_number_of_rows_gives_what_the_plain_layer_gives(
+    count: int, has_tiles: bool, dtype: Any, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "HAS_TILES", has_tiles)
     torch.manual_seed(count)
     model = Model(bias, dtype)
     plain = model.layer
