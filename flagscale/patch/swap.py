@@ -163,14 +163,14 @@ def rebuild(hold: Hold) -> Iterator[Path]:
     """Yield the path at which to build the new tree; it takes the old one's place if the block ends without error."""
     fresh = hold.work / "tree"
     hold.work.mkdir()
-    try:
+    with contextlib.ExitStack() as undo:
+        # it looks which of the trees is there: Ctrl-C may come when they have just changed places
+        undo.callback(remove_leftovers, hold)
         (hold.work / BUILDING).touch()
         yield fresh
         (hold.work / BUILDING).unlink()
         exchange(fresh, hold.tree)
-    except BaseException:
-        _remove_tree(hold.work)
-        raise
+        undo.pop_all()
 
 
 def _remove_tree(folder: Path) -> None:

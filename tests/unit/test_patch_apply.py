@@ -402,6 +402,40 @@ def test_what_somebody_writes_meanwhile_is_kept(
     assert read_bytes(outcome.kept) == {"late.txt": b"late\n", "README": b"rewritten\n"}
 
 
+def test_ctrl_c_when_the_trees_have_just_changed_places_loses_nothing(
+    tree: Path, series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exchange_and_interrupt(one: Path, other: Path) -> None:
+        (tree / "late.txt").write_text("late\n")
+        exchange(one, other)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flagscale.patch.swap.exchange", exchange_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        apply_series(tree, [series])
+    assert read_bytes(tree) == PATCHED
+    assert read_bytes(tmp_path / "tree.kept-1") == {"late.txt": b"late\n"}
+    assert not (tmp_path / ".tree.flagscale").exists()
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_trees_that_cannot_change_places_leave_nothing_behind(
+    is_patched: bool, tree: Path, series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_patched:
+        apply_series(tree, [series])
+    before, beside = read_bytes(tree), sorted(tmp_path.iterdir())
+
+    def refuse(_one: Path, _other: Path) -> None:
+        raise PatchError("cannot be replaced in one step")
+
+    monkeypatch.setattr("flagscale.patch.swap.exchange", refuse)
+    with pytest.raises(PatchError, match="in one step"):
+        revert_tree(tree) if is_patched else apply_series(tree, [series])
+    assert read_bytes(tree) == before
+    assert sorted(tmp_path.iterdir()) == beside
+
+
 def test_a_mount_point_is_refused_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     with pytest.raises(PatchError, match="cannot be replaced in one step"):
