@@ -59,7 +59,9 @@ def ask_controller(exp_dir: Path, path: str, body: dict[str, Any] | None = None)
             raise NoControllerError(f"no controller answers for {exp_dir}: its port is another service's") from None
         raise UserError(json.loads(told_text)["error"] if error.code == 409 else told_text) from None
     except (OSError, ValueError) as error:
-        raise NoControllerError(f"the controller of {exp_dir} does not answer: {error}") from None
+        reason = getattr(error, "reason", error)  # of an URLError the one that it stands for
+        told_text = str(getattr(reason, "strerror", None) or reason).lower()
+        raise NoControllerError(f"the controller of {exp_dir} does not answer: {told_text}") from None
 
 
 class Update(Protocol):

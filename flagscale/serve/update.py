@@ -22,6 +22,7 @@ class Update:
 def is_resize(old: ServicePlan, new: ServicePlan, posts: Iterable[Post], old_threads: int, new_threads: int) -> bool:
     """Whether the replicas in `posts` are as `new` has them too, and only how many there are is to change.
 
+    One that has failed for good is to be replaced.
     old_threads, new_threads: of a replica on this machine's CPU; more of them on the same cores want other ones
     """
     models = {model.name: model for model in new.models}
@@ -31,7 +32,8 @@ def is_resize(old: ServicePlan, new: ServicePlan, posts: Iterable[Post], old_thr
     if kinds != new_kinds or all(models[model.name].scaling == model.scaling for model in old.models):
         return False
     return all(
-        post.seat < len(seats := models[post.model.name].seats)
+        post.state != "failed"
+        and post.seat < len(seats := models[post.model.name].seats)
         and bind_threads(seats[post.seat].job, new_threads)
         == bind_threads(post.model.seats[post.seat].job, old_threads)
         for post in posts
