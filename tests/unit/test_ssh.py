@@ -262,15 +262,15 @@ def ended(outcome: str, reason: str, time: float) -> list[dict[str, Any]]:
     return [stopping, {**ENDED, "outcome": outcome, "reason": reason, "exit_code": 1, "time": time + 2}]
 
 
-def test_of_two_hosts_that_failed_the_cause_is_named(tmp_path: Path) -> None:
+def write_two(base: Path, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> RunRef:
+    """A run on two other machines, with what their agents wrote after their start."""
     away = agent_started(True, "elsewhere")
-    run = write_run(
-        make_plan(tmp_path, *TWO),
-        {
-            "host_0_a": [away, died(0, exit_code=1), *ended("failed", "rank 0 ended with exit code 1", 200.0)],
-            "host_1_b": [away, died(1, signal="SIGKILL"), *ended("failed", "rank 1 died of SIGKILL", 201.0)],
-        },
-    )
+    return write_run(make_plan(base, *TWO), {"host_0_a": [away, *first], "host_1_b": [away, *second]})
+
+
+def test_of_two_hosts_that_failed_the_cause_is_named(tmp_path: Path) -> None:
+    first = [died(0, exit_code=1), *ended("failed", "rank 0 ended with exit code 1", 200.0)]
+    run = write_two(tmp_path, first, [died(1, signal="SIGKILL"), *ended("failed", "rank 1 died of SIGKILL", 201.0)])
     state = query_run(run)
     assert (state.state, state.reason) == ("failed", "host_1_b: rank 1 died of SIGKILL")
     assert [rank.is_first_failure for rank in state.ranks] == [False, True]
@@ -279,14 +279,8 @@ def test_of_two_hosts_that_failed_the_cause_is_named(tmp_path: Path) -> None:
 
 
 def test_a_rank_of_a_host_that_was_stopped_is_no_first_failure(tmp_path: Path) -> None:
-    away = agent_started(True, "elsewhere")
-    run = write_run(
-        make_plan(tmp_path, *TWO),
-        {
-            "host_0_a": [away, died(0, exit_code=1), *ended("stopped", "another host failed", 201.0)],
-            "host_1_b": [away, died(1, signal="SIGKILL"), *ended("failed", "rank 1 died of SIGKILL", 200.0)],
-        },
-    )
+    first = [died(0, exit_code=1), *ended("stopped", "another host failed", 201.0)]
+    run = write_two(tmp_path, first, [died(1, signal="SIGKILL"), *ended("failed", "rank 1 died of SIGKILL", 200.0)])
     assert [rank.is_first_failure for rank in query_run(run).ranks] == [False, True]
 
 
