@@ -127,8 +127,11 @@ def test_a_killed_agent_ends_the_others_by_the_wire(make_bench: MakeBench) -> No
     subprocess.run(bench.hosts.command(["kill", "-KILL", str(agent)], "h1"), check=True)
     wait_for(lambda: bench.status()["ended"])
     state = bench.status()
-    assert [host["state"] for host in state["hosts"]] == ["lost", "stopped"]
-    assert "ended because of host_0_h1: the agent" in state["hosts"][1]["reason"]
+    assert "host_0_h1: the agent" in state["reason"]
+    first, second = state["hosts"]
+    assert first["state"] == "lost"
+    if second["state"] != "failed":  # on a busy machine its rank may lose the connection before its agent is told
+        assert (second["state"], "ended because of host_0_h1: the agent" in second["reason"]) == ("stopped", True)
     assert bench.list_left() == []
 
 
